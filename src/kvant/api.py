@@ -1,0 +1,449 @@
+"""The Python API: ``pipeline(model)`` and what it answers. Names are LMDeploy's.
+
+A pipeline owns an engine on a thread of its own and may be used from many threads. It turns
+prompts into requests and outputs into responses; everything else is the engine's.
+"""
+
+from __future__ import annotations
+
+import queue
+import secrets
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvant.config import EngineConfig, GenerationConfig
+from kvant.engine.text import TextStream
+from kvant.engine.worker import EngineWorker, Stream
+from kvant.errors import ConfigError, KvantError, RequestError
+from kvant.loading.chat import ChatTemplate, as_messages
+from kvant.request import FinishReason, Output, Request
+
+if TYPE_CHECKING:
+    from kvant.engine.load import LoadedModel
+
+__all__ = ["Pipeline", "Prompt", "Response", "Session", "pipeline"]
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[Message]
+"""A user's text, or a list of OpenAI-style messages."""
+
+_TAIL = 6  # prompt tokens that the detokenizer sees before the first generated one
+
+
+@dataclass(slots=True, kw_only=True)
+class Response:
+    """A completion, or with ``stream_infer`` the part of it that is new.
+
+    ``index`` says which prompt it answers (``prompt number * n + completion number``).
+    ``logprobs`` has one dict per token: token id -> log-probability. ``token_ids`` leaves the end
+    token out. ``cached_tokens`` of the prompt were found in the prefix cache. ``logits`` are
+    float32 ``[positions, vocabulary]`` if ``output_logits`` asked for them.
+    """
+
+    text: str = ""
+    generate_token_len: int = 0
+    input_token_len: int = 0
+    finish_reason: FinishReason | None = None
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, float]] | None = None
+    logits: NDArray[np.float32] | None = None
+    index: int = 0
+    cached_tokens: int = 0
+    error_message: str | None = None
+
+    def _add(self, output: Output) -> Response:
+        """Account for an output; returns it as a response of its own."""
+        self.text += output.text
+        self.token_ids.extend(output.token_ids)
+        self.generate_token_len += len(output.token_ids)
+        if output.logprobs:
+            self.logprobs = [*(self.logprobs or []), *output.logprobs]
+        self.finish_reason, self.error_message = output.finish_reason, output.error
+        return replace(
+            self,
+            text=output.text,
+            token_ids=list(output.token_ids),
+            logprobs=list(output.logprobs) or None,
+        )
+
+
+class Session:
+    """A conversation; ``messages`` is its history, ``response`` the last answer."""
+
+    def __init__(self) -> None:
+        self.messages: list[Message] = []
+        self.response: Response | None = None
+
+
+class _Logits:
+    """Collects logits; positions computed again after a preemption replace the first ones."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, NDArray[np.float32]] = {}
+
+    def __call__(self, start: int, logits: NDArray[np.float32]) -> None:
+        for offset, row in enumerate(logits):
+            self._rows[start + offset] = row
+
+    def array(self) -> NDArray[np.float32]:
+        return np.stack([self._rows[position] for position in sorted(self._rows)])
+
+
+class Pipeline:
+    """A model that answers. Made by :func:`pipeline`; use as a context manager or ``close()``."""
+
+    def __init__(self, model: LoadedModel, *, chat_template: str | None = None) -> None:
+        self.model = model
+        self.tokenizer = model.tokenizer
+        self._worker = EngineWorker(model.engine)
+        self._chat = self.tokenizer.chat
+        if chat_template is not None:
+            token = self.tokenizer.token_text
+            bos = "" if self.tokenizer.bos_id is None else token(self.tokenizer.bos_id)
+            eos = token(self.tokenizer.eos_ids[0]) if self.tokenizer.eos_ids else ""
+            self._chat = ChatTemplate(chat_template, bos, eos)
+
+    def __call__(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        gen_config: GenerationConfig | Sequence[GenerationConfig] | None = None,
+        *,
+        do_preprocess: bool = True,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> Response | list[Response]:
+        """Same as :meth:`infer`."""
+        return self.infer(
+            prompts, gen_config, do_preprocess=do_preprocess, on_progress=on_progress
+        )
+
+    def infer(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        gen_config: GenerationConfig | Sequence[GenerationConfig] | None = None,
+        *,
+        do_preprocess: bool = True,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> Response | list[Response]:
+        """Complete one prompt, or several together.
+
+        Args:
+            prompts: a text, a list of messages, or a list of either.
+            gen_config: for all prompts, or one for each.
+            do_preprocess: apply the chat template; otherwise texts are continued as they are.
+            on_progress: called with 1 whenever a completion ends.
+
+        Returns:
+            A response for one prompt with n = 1, else a list in the order of the prompts, the n
+            completions of each together. A request that fails has ``finish_reason`` "error".
+
+        Raises:
+            RequestError: a prompt is empty or too long; nothing was started then.
+            EngineDeadError: the engine failed or was closed.
+        """
+        single = _is_single(prompts)
+        requests = self._requests(prompts, gen_config, do_preprocess)
+        responses = [_response(request, index) for index, request in enumerate(requests)]
+        for index, _ in self._events(requests, responses):
+            if on_progress and responses[index].finish_reason:
+                on_progress(1)
+        for request, response in zip(requests, responses, strict=True):
+            if isinstance(request.logits_sink, _Logits):
+                response.logits = request.logits_sink.array()
+        return responses[0] if single and len(responses) == 1 else responses
+
+    def stream_infer(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        gen_config: GenerationConfig | Sequence[GenerationConfig] | None = None,
+        *,
+        do_preprocess: bool = True,
+    ) -> Iterator[Response]:
+        """Like :meth:`infer`, giving each piece of text as it is made; ``index`` says whose.
+        Leaving the iterator early aborts what still runs."""
+        requests = self._requests(prompts, gen_config, do_preprocess)
+        responses = [_response(request, index) for index, request in enumerate(requests)]
+        return (piece for _, piece in self._events(requests, responses))
+
+    async def stream_infer_async(
+        self,
+        prompt: Prompt,
+        gen_config: GenerationConfig | None = None,
+        *,
+        do_preprocess: bool = True,
+    ) -> AsyncIterator[Response]:
+        """:meth:`stream_infer` of one prompt (n = 1) for asyncio; cancelling aborts it."""
+        request = self._requests([prompt], gen_config, do_preprocess)[0]
+        response = _response(request, 0)
+        async for output in Stream(self._worker, request):
+            response.cached_tokens = request.cached_tokens
+            yield response._add(output)
+
+    async def infer_async(
+        self,
+        prompt: Prompt,
+        gen_config: GenerationConfig | None = None,
+        *,
+        do_preprocess: bool = True,
+    ) -> Response:
+        """:meth:`infer` of one prompt (n = 1) for asyncio."""
+        whole = Response()
+        async for piece in self.stream_infer_async(
+            prompt, gen_config, do_preprocess=do_preprocess
+        ):
+            whole = replace(
+                piece,
+                text=whole.text + piece.text,
+                token_ids=whole.token_ids + piece.token_ids,
+                logprobs=(whole.logprobs or []) + piece.logprobs if piece.logprobs
+                else whole.logprobs,
+            )
+        return whole
+
+    def chat(
+        self,
+        prompt: str,
+        session: Session | None = None,
+        gen_config: GenerationConfig | None = None,
+        *,
+        stream_response: bool = False,
+    ) -> Session | Iterator[Response]:
+        """One turn of a conversation. Returns the session, whose ``response`` is the answer, or
+        with ``stream_response`` the pieces of the answer (the session is complete when they
+        end)."""
+        session = session or Session()
+        messages = [*session.messages, {"role": "user", "content": prompt}]
+        pieces = self._turn(session, messages, gen_config)
+        if stream_response:
+            return pieces
+        for _ in pieces:
+            pass
+        return session
+
+    def session(self) -> Session:
+        """A new conversation."""
+        return Session()
+
+    def get_ppl(self, input_ids: Sequence[int] | Sequence[Sequence[int]]) -> list[float]:
+        """Mean cross-entropy in nats per token of each sequence, through the engine and its
+        cache (LMDeploy's name: it is the logarithm of the perplexity).
+
+        Raises:
+            RequestError: a sequence has fewer than two tokens or is too long.
+        """
+        batch = cast(
+            "list[Sequence[int]]",
+            [input_ids] if input_ids and isinstance(input_ids[0], int) else input_ids,
+        )
+        losses = [0.0] * len(batch)
+        requests = []
+        for index, ids in enumerate(batch):
+            if len(ids) < 2:
+                raise RequestError(f"sequence {index} has {len(ids)} tokens; get_ppl needs two")
+            requests.append(self.score_request(ids, _LossSink(ids, losses, index)))
+        for _ in self._events(requests, [Response() for _ in requests]):
+            pass
+        return losses
+
+    def score_request(
+        self, ids: Sequence[int], sink: Callable[[int, NDArray[np.float32]], None]
+    ) -> Request:
+        """A request that generates nothing: ``sink(start, logits)`` receives the logits of every
+        position. Run it with :meth:`run`."""
+        self.model.engine.validate(list(ids))
+        return Request(
+            id=self._worker.new_id(),
+            tokens=list(ids),
+            num_prompt=len(ids),
+            gen=GenerationConfig(output_logits="all"),
+            deliver=lambda output: None,
+            max_tokens=len(ids),
+            logits_sink=sink,
+        )
+
+    def run(self, requests: list[Request]) -> None:
+        """Run requests to their end.
+
+        Raises:
+            KvantError: one of them failed.
+        """
+        responses = [Response() for _ in requests]
+        for _ in self._events(requests, responses):
+            pass
+        for response in responses:
+            if response.finish_reason == "error":
+                raise KvantError(str(response.error_message))
+
+    def close(self) -> None:
+        """Abort what runs and stop the engine. Safe to repeat."""
+        self._worker.close()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def prompt_ids(self, prompt: Prompt, *, do_preprocess: bool = True) -> list[int]:
+        """The token ids of a prompt, chat template applied if there is one.
+
+        Raises:
+            RequestError: the prompt is empty, malformed or too long.
+        """
+        if not prompt:
+            raise RequestError("the prompt is empty; give at least one token")
+        if self._chat is not None and (do_preprocess or not isinstance(prompt, str)):
+            text = self._chat.render(as_messages(prompt))
+            # Templates write the special tokens themselves.
+            ids = self.tokenizer.encode(text, add_special=False)
+        elif isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt)
+        else:
+            raise RequestError("this model has no chat template; give texts or a chat_template")
+        self.model.engine.validate(ids)
+        return ids
+
+    def _requests(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        gen_config: GenerationConfig | Sequence[GenerationConfig] | None,
+        do_preprocess: bool,
+    ) -> list[Request]:
+        batch = cast("list[Prompt]", [prompts] if _is_single(prompts) else list(prompts))
+        if gen_config is None or isinstance(gen_config, GenerationConfig):
+            configs = [gen_config or GenerationConfig()] * len(batch)
+        else:
+            configs = list(gen_config)
+        if len(configs) != len(batch):
+            raise RequestError(
+                f"{len(configs)} generation configs for {len(batch)} prompts; give one for all or "
+                "one for each"
+            )
+        requests: list[Request] = []
+        for prompt, gen in zip(batch, configs, strict=True):
+            ids = self.prompt_ids(prompt, do_preprocess=do_preprocess)
+            leader: Request | None = None
+            for number in range(gen.n):
+                request = self._request(ids, gen, number, leader)
+                leader = leader or request
+                requests.append(request)
+        return requests
+
+    def _request(
+        self, ids: list[int], gen: GenerationConfig, number: int, leader: Request | None
+    ) -> Request:
+        seed = secrets.randbits(63) if gen.random_seed is None else gen.random_seed + number
+        eos = () if gen.ignore_eos else self.tokenizer.eos_ids
+        return Request(
+            id=self._worker.new_id(),
+            tokens=list(ids),
+            num_prompt=len(ids),
+            gen=gen,
+            deliver=lambda output: None,
+            max_tokens=min(len(ids) + gen.max_new_tokens, self.model.engine.session_len),
+            stop_ids=frozenset((*eos, *(gen.stop_token_ids or ()))),
+            bad_sequences=self._bad_sequences(gen),
+            seed=seed & (2**64 - 1),
+            text=TextStream(
+                self.tokenizer,
+                ids[-_TAIL:],
+                tuple(gen.stop_words or ()),
+                gen.include_stop_str_in_output,
+                gen.skip_special_tokens,
+            ),
+            logits_sink=_Logits() if gen.output_logits else None,
+            leader=leader,
+        )
+
+    def _bad_sequences(self, gen: GenerationConfig) -> list[list[int]]:
+        """Token sequences of the bad words, at the start of a text and after a space."""
+        words = [text for word in gen.bad_words or () for text in (word, " " + word.lstrip())]
+        found = [self.tokenizer.encode(word, add_special=False) for word in words]
+        return [ids for ids in found if ids]
+
+    def _turn(
+        self, session: Session, messages: list[Message], gen_config: GenerationConfig | None
+    ) -> Iterator[Response]:
+        (request,) = self._requests([messages], gen_config, True)
+        whole = _response(request, 0)
+        for _, piece in self._events([request], [whole]):
+            yield piece
+        answer = {"role": "assistant", "content": whole.text}
+        session.messages = [*messages, answer]
+        session.response = whole
+
+    def _events(
+        self, requests: list[Request], responses: list[Response]
+    ) -> Iterator[tuple[int, Response]]:
+        """Run requests; (index, new piece) as outputs arrive, while ``responses`` grow."""
+        arrived: queue.SimpleQueue[tuple[int, Output]] = queue.SimpleQueue()
+        for index, request in enumerate(requests):
+            request.deliver = lambda output, index=index: arrived.put((index, output))
+        self._worker.submit(requests)
+        running = dict(enumerate(requests))
+        try:
+            while running:
+                index, output = arrived.get()
+                responses[index].cached_tokens = requests[index].cached_tokens
+                if output.finish_reason:
+                    del running[index]
+                yield index, responses[index]._add(output)
+        finally:
+            for request in running.values():
+                self._worker.abort(request)
+
+
+class _LossSink:
+    """Turns logits into the mean loss of a sequence, chunk by chunk."""
+
+    def __init__(self, ids: Sequence[int], losses: list[float], index: int) -> None:
+        self._ids = np.array(ids)
+        self._by_position = np.zeros(len(ids) - 1)
+        self._losses, self._index = losses, index
+
+    def __call__(self, start: int, logits: NDArray[np.float32]) -> None:
+        count = min(len(logits), len(self._by_position) - start)
+        rows = logits[:count].astype(np.float64)
+        top = rows.max(axis=-1)
+        norm = top + np.log(np.exp(rows - top[:, None]).sum(axis=-1))
+        right = self._ids[start + 1 : start + 1 + count]
+        self._by_position[start : start + count] = norm - rows[np.arange(count), right]
+        self._losses[self._index] = float(self._by_position.mean())
+
+
+def _is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
+    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
+
+
+def _response(request: Request, index: int) -> Response:
+    return Response(input_token_len=request.num_prompt, index=index)
+
+
+def pipeline(
+    model_path: str,
+    backend_config: EngineConfig | None = None,
+    *,
+    chat_template: str | None = None,
+    on_load: Callable[[int, int], None] | None = None,
+) -> Pipeline:
+    """Load a model and return a :class:`Pipeline`.
+
+    Args:
+        model_path: a local folder or GGUF file, a packaged model (``smollm2-135m``) or a hub name.
+        backend_config: the engine's options.
+        chat_template: a Jinja template to use instead of the model's.
+        on_load: called with (layers read, layers in all) while loading.
+
+    Raises:
+        ModelError: the model cannot be found or read.
+        ConfigError: the options do not fit it or the machine.
+    """
+    if backend_config is not None and not isinstance(backend_config, EngineConfig):
+        raise ConfigError(f"backend_config={backend_config!r} must be an EngineConfig")
+    from kvant.engine.load import load_model
+
+    model = load_model(model_path, backend_config or EngineConfig(), on_load)
+    return Pipeline(model, chat_template=chat_template)

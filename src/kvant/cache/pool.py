@@ -1,0 +1,36 @@
+"""The bytes: one region, cut into pages of equal size. Knows nothing of what they mean."""
+
+from __future__ import annotations
+
+import mmap
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["BytePool"]
+
+
+class BytePool:
+    """``num_pages`` pages of ``page_bytes`` bytes, page-aligned, zero until written.
+
+    The system commits memory on first write, so an unused pool costs address space only.
+    """
+
+    def __init__(self, num_pages: int, page_bytes: int) -> None:
+        self.page_bytes = page_bytes
+        self.num_pages = num_pages
+        region = mmap.mmap(-1, max(num_pages * page_bytes, 1))
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            region.madvise(mmap.MADV_HUGEPAGE)
+        flat: NDArray[Any] = np.frombuffer(region, np.uint8)
+        self.pages = flat[: num_pages * page_bytes].reshape(num_pages, page_bytes)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the whole pool in bytes."""
+        return self.num_pages * self.page_bytes
+
+    def copy(self, source: int, target: int) -> None:
+        """Copy a whole page, every layer and head of it."""
+        self.pages[target] = self.pages[source]

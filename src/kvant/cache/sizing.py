@@ -1,0 +1,78 @@
+"""From a memory budget to a number of pages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from kvant.errors import ConfigError
+from kvant.formats import PAGE_TOKENS, KVShape, KVSpec
+
+__all__ = ["CacheSize", "free_memory", "size_for_bytes", "size_for_tokens"]
+
+# Of a budget in bytes, at most this share goes to recent pages.
+_RECENT_SHARE = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSize:
+    """Pages of a cache. ``num_tokens`` is what its base pages hold."""
+
+    num_pages: int
+    num_recent: int
+    nbytes: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that fit."""
+        return self.num_pages * PAGE_TOKENS
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take: the system's, or its control group's if less."""
+    free = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            free = min(free, int(limit) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        pass
+    return free
+
+
+def _size(spec: KVSpec, shape: KVShape, num_pages: int, num_recent: int) -> CacheSize:
+    nbytes = num_pages * spec.page_bytes(shape) + num_recent * spec.fine.page_bytes(shape)
+    return CacheSize(num_pages, num_recent, nbytes)
+
+
+def size_for_bytes(spec: KVSpec, shape: KVShape, budget: int, max_sequences: int) -> CacheSize:
+    """The cache that ``budget`` bytes buy.
+
+    With a recent part, each sequence that runs needs a recent page, so these limit how many run
+    at a time; they get up to a quarter of the budget.
+
+    Raises:
+        ConfigError: the budget is too small for a single page.
+    """
+    num_recent = 0
+    if spec.recent is not None:
+        affordable = int(budget * _RECENT_SHARE) // spec.fine.page_bytes(shape)
+        num_recent = min(max_sequences, max(1, affordable))
+    rest = budget - num_recent * spec.fine.page_bytes(shape)
+    num_pages = rest // spec.page_bytes(shape)
+    if num_pages < 1:
+        needed = spec.page_bytes(shape) + (spec.fine.page_bytes(shape) if num_recent else 0)
+        raise ConfigError(
+            f"a KV cache of {budget} bytes holds no page of {PAGE_TOKENS} tokens; "
+            f"{spec} needs at least {needed} bytes for this model, give more with kv_memory"
+        )
+    return _size(spec, shape, num_pages, num_recent)
+
+
+def size_for_tokens(spec: KVSpec, shape: KVShape, tokens: int, max_sequences: int) -> CacheSize:
+    """The cache that holds ``tokens`` tokens."""
+    num_recent = max_sequences if spec.recent is not None else 0
+    return _size(spec, shape, -(-tokens // PAGE_TOKENS), num_recent)

@@ -1,0 +1,215 @@
+"""What a user may set: :class:`EngineConfig` and :class:`GenerationConfig`.
+
+Names and defaults are LMDeploy's where it has the option. Both are frozen and checked when made;
+an unknown key is an error that names the nearest one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from kvant.errors import ConfigError, KvantError, RequestError, did_you_mean
+from kvant.formats import KVSpec, resolve_spec
+
+__all__ = ["EngineConfig", "GenerationConfig", "option", "parse_bytes"]
+
+T = TypeVar("T")
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS |= {f"{unit}i": 2**power for unit, power in zip("kmgt", (10, 20, 30, 40), strict=True)}
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with the help text that the CLI and the docs show."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def _strict(error: type[KvantError]) -> Any:
+    """Make unknown keyword arguments of a dataclass an ``error`` that names the nearest field."""
+
+    def decorate(cls: type[T]) -> type[T]:
+        init = cls.__init__
+        known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+
+        def checked_init(self: Any, **values: Any) -> None:
+            for key in values:
+                if key not in known:
+                    raise error(
+                        f'{cls.__name__} has no option "{key}"{did_you_mean(key, known)} '
+                        f"Options: {', '.join(known)}"
+                    )
+            init(self, **values)
+
+        cls.__init__ = checked_init  # type: ignore[assignment]
+        return cls
+
+    return decorate
+
+
+def parse_bytes(value: int | str) -> int:
+    """``4GiB``, ``512MB``, ``1.5g`` or a number of bytes, as bytes.
+
+    Raises:
+        ConfigError: not a positive size.
+    """
+    text = str(value).strip().lower().removesuffix("b")
+    number = text.rstrip("kmgti")
+    try:
+        size = int(float(number) * _UNITS[text[len(number) :]])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise ConfigError(f"{value!r} is not a size; write it like 4GiB, 512MB or 1073741824")
+    return size
+
+
+@_strict(ConfigError)
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Options of an engine.
+
+    Raises:
+        ConfigError: an unknown option or a value out of range.
+    """
+
+    kv: KVSpec | str | None = option(
+        None, "KV cache format: int8, int4h, k=int8h,v=int4h, int4h+r64, ... (default 16 bit)"
+    )
+    quant_policy: int | None = option(
+        None, "LMDeploy's name for the KV format: 0 (16 bit), 8 (int8) or 4 (int4)"
+    )
+    dtype: str = option("auto", "weights and activations: auto, bfloat16, float16 or float32")
+    session_len: int | None = option(None, "longest context in tokens (default: the model's)")
+    max_batch_size: int = option(128, "most sequences that run at a time")
+    cache_max_entry_count: float = option(
+        0.8, "share of the memory left free after loading the weights that the KV cache may take"
+    )
+    kv_memory: int | str | None = option(None, 'KV cache size in bytes, as "4GiB"')
+    kv_tokens: int | None = option(None, "KV cache size in tokens")
+    enable_prefix_caching: bool = option(True, "share the pages of common prompt beginnings")
+    max_prefill_token_num: int = option(512, "most tokens that one step computes")
+    backend: str = option("auto", "attention backend: auto, reference, ...")
+    num_threads: int | None = option(None, "CPU threads (default: all cores)")
+    revision: str | None = option(None, "branch, tag or commit on the hub")
+    download_dir: str | None = option(None, "folder for files from the hub")
+    check: bool = option(False, "verify the cache's invariants after every step (slow)")
+
+    def __post_init__(self) -> None:
+        self.kv_spec("bf16")
+        dtypes = ("auto", "bfloat16", "float16", "float32")
+        if self.dtype not in dtypes:
+            raise ConfigError(f'dtype "{self.dtype}" is unknown; use one of {", ".join(dtypes)}')
+        for name in ("session_len", "max_batch_size", "kv_tokens", "max_prefill_token_num",
+                     "num_threads"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
+        share = self.cache_max_entry_count
+        if not isinstance(share, int | float) or not 0 < share < 1:
+            raise ConfigError(
+                f"cache_max_entry_count={share!r} must lie between 0 and 1 (a share of the free "
+                "memory); to set a size use kv_memory or kv_tokens"
+            )
+        if self.kv_memory is not None:
+            parse_bytes(self.kv_memory)
+            if self.kv_tokens is not None:
+                raise ConfigError("both kv_memory and kv_tokens are given; use one of them")
+
+    def kv_spec(self, sixteen_bit: str) -> KVSpec:
+        """The KV formats asked for; ``sixteen_bit`` is the format of a 16-bit cache."""
+        return resolve_spec(self.kv, self.quant_policy, sixteen_bit=sixteen_bit)
+
+
+@_strict(RequestError)
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How to generate. Greedy unless ``do_sample``.
+
+    Order: penalties, banned tokens, temperature, top-k, top-p, min-p. Log-probabilities are the
+    model's own, before all of these. ``stop_words`` may span several tokens. With
+    ``output_logits`` "all" the response carries the logits at every prompt position too.
+
+    Raises:
+        RequestError: an unknown option or a value out of range.
+    """
+
+    n: int = option(1, "completions per prompt")
+    max_new_tokens: int = option(512, "most tokens to generate")
+    min_new_tokens: int | None = option(None, "do not stop on an end token before this many")
+    do_sample: bool = option(False, "sample instead of taking the most likely token")
+    temperature: float = option(0.8, "0 to 2; 0 is greedy")
+    top_k: int = option(50, "sample among the k most likely tokens; 0 for all")
+    top_p: float = option(1.0, "sample among the most likely tokens of this total probability")
+    min_p: float = option(0.0, "drop tokens less likely than this times the most likely")
+    repetition_penalty: float = option(1.0, "above 1 discourages tokens seen in prompt or output")
+    presence_penalty: float = option(0.0, "subtracted from logits of tokens in the output")
+    frequency_penalty: float = option(0.0, "subtracted once per occurrence in the output")
+    random_seed: int | None = option(None, "same seed, same tokens, whatever else runs")
+    ignore_eos: bool = option(False, "go on after an end token")
+    stop_words: Sequence[str] | None = option(None, "strings that end the text")
+    stop_token_ids: Sequence[int] | None = option(None, "tokens that end the text")
+    bad_words: Sequence[str] | None = option(None, "strings never to generate")
+    bad_token_ids: Sequence[int] | None = option(None, "tokens never to generate")
+    skip_special_tokens: bool = option(True, "leave special tokens out of the text")
+    include_stop_str_in_output: bool = option(False, "keep the stop word in the text")
+    logprobs: int | None = option(None, "log-probabilities of this many tokens per position")
+    output_logits: str | None = option(None, "all or generation: return logits")
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("n", 1, 128),
+            ("max_new_tokens", 1, None),
+            ("min_new_tokens", 0, None),
+            ("temperature", 0, 2),
+            ("top_k", 0, None),
+            ("top_p", 0, 1),
+            ("min_p", 0, 1),
+            ("presence_penalty", -2, 2),
+            ("frequency_penalty", -2, 2),
+            ("logprobs", 0, 1024),
+        ):
+            _check_range(name, getattr(self, name), low, high)
+        penalty = self.repetition_penalty
+        if not isinstance(penalty, int | float) or not 0 < penalty < math.inf:
+            raise RequestError(f"repetition_penalty={penalty!r} must be above 0")
+        if self.output_logits not in (None, "all", "generation"):
+            raise RequestError(
+                f"output_logits={self.output_logits!r} must be all, generation or None"
+            )
+        if (self.min_new_tokens or 0) > self.max_new_tokens:
+            raise RequestError(
+                f"min_new_tokens={self.min_new_tokens} exceeds max_new_tokens="
+                f"{self.max_new_tokens}"
+            )
+        for name in ("stop_words", "bad_words", "stop_token_ids", "bad_token_ids"):
+            _check_list(name, getattr(self, name), str if name.endswith("words") else int)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is taken."""
+        return not self.do_sample or self.temperature == 0 or self.top_k == 1
+
+
+_INTEGERS = {"n", "max_new_tokens", "min_new_tokens", "top_k", "logprobs"}
+
+
+def _check_range(name: str, value: Any, low: float, high: float | None) -> None:
+    if value is None and name in ("min_new_tokens", "logprobs"):
+        return
+    wanted = int if name in _INTEGERS else int | float
+    limits = f"at least {low}" if high is None else f"from {low} to {high}"
+    if isinstance(value, bool) or not isinstance(value, wanted):
+        raise RequestError(f"{name}={value!r} must be a number {limits}")
+    if not low <= value <= (math.inf if high is None else high):
+        raise RequestError(f"{name}={value!r} must be {limits}")
+
+
+def _check_list(name: str, values: Any, kind: type) -> None:
+    if values is None:
+        return
+    if isinstance(values, str) or not all(isinstance(v, kind) and v != "" for v in values):
+        raise RequestError(f"{name}={values!r} must be a list of non-empty {kind.__name__}s")

@@ -1,0 +1,225 @@
+"""The engine: requests in, one step at a time, outputs out.
+
+Not thread-safe and without a thread of its own; :mod:`kvant.engine.worker` gives it one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvant.cache.paged import PagedCache
+from kvant.engine.plan import StepPlan, make_batch
+from kvant.engine.sampler import Sampled, sample
+from kvant.engine.scheduler import Scheduler
+from kvant.errors import RequestError
+from kvant.kernels.backend import Backend, Batch, KVMemory
+from kvant.request import FinishReason, Output, Request, Status
+
+__all__ = ["Engine", "EngineStats", "Model"]
+
+
+class Model(Protocol):
+    """What the engine needs of a model."""
+
+    def forward(self, batch: Batch, backend: Backend) -> NDArray[np.float32]:
+        """Compute all rows; logits ``[R, V]`` of ``batch.logit_rows``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """A snapshot. Pages are base pages; token counts are totals since the start."""
+
+    running: int
+    waiting: int
+    pages_total: int
+    pages_held: int
+    pages_cached: int
+    steps: int
+    preemptions: int
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+
+
+class Engine:
+    """Continuous batching over a paged KV cache.
+
+    Args:
+        model: computes logits.
+        backend: attention, over ``memory``.
+        memory: the bytes of the cache.
+        session_len: longest sequence in tokens; at most what the pool holds.
+        max_batch_size: most sequences that run at a time.
+        max_step_tokens: most rows of a step.
+        prefix_caching: whether prompts share pages of common beginnings.
+        check: verify all invariants after every step.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        backend: Backend,
+        memory: KVMemory,
+        *,
+        session_len: int,
+        max_batch_size: int,
+        max_step_tokens: int,
+        prefix_caching: bool = True,
+        check: bool = False,
+    ) -> None:
+        self.memory = memory
+        self.session_len = session_len
+        self._model = model
+        self._backend = backend
+        self._num_recent = memory.recent.num_pages
+        self._cache = PagedCache(
+            memory.base.num_pages, self._num_recent, prefix_caching=prefix_caching
+        )
+        self.scheduler = Scheduler(
+            self._cache,
+            max_sequences=min(max_batch_size, self._num_recent or max_batch_size),
+            max_step_tokens=max_step_tokens,
+        )
+        self._requests: dict[int, Request] = {}
+        self._check = check
+        self._steps = self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do something."""
+        return bool(self._requests)
+
+    def validate(self, prompt: list[int]) -> None:
+        """Raise RequestError if a prompt cannot be served at all."""
+        if not prompt:
+            raise RequestError("the prompt is empty; give at least one token")
+        if len(prompt) >= self.session_len:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens, and with one more to generate the limit is "
+                f"{self.session_len}: shorten it, or raise session_len or the KV cache's size"
+            )
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; its outputs go to ``request.deliver``, the last one with a
+        ``finish_reason``. Prompts must have passed :meth:`validate`."""
+        self._requests[request.id] = request
+        self.scheduler.add(request)
+        self._prompt_tokens += request.num_prompt
+
+    def abort(self, request_id: int) -> None:
+        """End a request now and free what it holds. Does nothing if it has ended."""
+        if request := self._requests.get(request_id):
+            self._finish(request, Output(finish_reason="abort"))
+
+    def abort_all(self) -> None:
+        """End every request."""
+        for request_id in list(self._requests):
+            self.abort(request_id)
+
+    def fail_all(self, error: str) -> None:
+        """End every request with an error."""
+        for request in list(self._requests.values()):
+            self._finish(request, Output(finish_reason="error", error=error))
+
+    def clear_prefix_cache(self) -> None:
+        """Forget cached prefixes that no running request holds."""
+        self._cache.base.clear_cached()
+
+    def step(self) -> StepPlan | None:
+        """Plan, compute, sample, commit. Returns what was done, None if there was nothing."""
+        plan = self.scheduler.schedule()
+        if plan is None:
+            return None
+        for copy in plan.copies:
+            pool = self.memory.recent if copy.recent else self.memory.base
+            pool.copy(copy.source, copy.target)
+        batch = make_batch(plan, self._num_recent)
+        self._commit(plan, self._model.forward(batch, self._backend))
+        self._steps += 1
+        if self._check:
+            self.scheduler.check()
+        return plan
+
+    def stats(self) -> EngineStats:
+        """A snapshot of queues, pages and totals."""
+        return EngineStats(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            pages_total=self._cache.base.num_pages,
+            pages_held=self._cache.base.num_held,
+            pages_cached=self._cache.base.num_cached,
+            steps=self._steps,
+            preemptions=self.scheduler.num_preemptions,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            generated_tokens=self._generated_tokens,
+        )
+
+    def _commit(self, plan: StepPlan, logits: NDArray[np.float32]) -> None:
+        row = 0
+        sampling: list[Request] = []
+        rows: list[int] = []
+        for part in plan.slices:
+            request = self._requests[part.request_id]
+            request.computed = part.end
+            self._cache.commit(request.holding, request.tokens, part.end)
+            if request.logits_sink and part.num_logits:
+                request.logits_sink(
+                    part.end - part.num_logits, logits[row : row + part.num_logits]
+                )
+            row += part.num_logits
+            if not part.sample:
+                continue
+            if request.max_tokens == request.num_prompt:  # only its logits were wanted
+                self._finish(request, Output(finish_reason="length"))
+            else:
+                sampling.append(request)
+                rows.append(row - 1)
+        if sampling:
+            for request, sampled in zip(sampling, sample(logits[rows], sampling), strict=True):
+                self._append(request, sampled)
+
+    def _append(self, request: Request, sampled: Sampled) -> None:
+        token = sampled.token
+        if token is None:
+            error = (
+                "no token can be chosen: the logits are not finite, or all tokens are banned; "
+                "try dtype=float32 or a KV format of more bits"
+            )
+            self._finish(request, Output(finish_reason="error", error=error))
+            return
+        request.tokens.append(token)
+        self._generated_tokens += 1
+        logprobs = (sampled.logprobs,) if sampled.logprobs is not None else ()
+        if token in request.stop_ids:
+            self._finish(request, Output(finish_reason="stop"))
+            return
+        text = request.text.push(token) if request.text else ""
+        reason: FinishReason | None = None
+        if request.text and request.text.stopped is not None:
+            reason = "stop"
+        elif len(request.tokens) >= request.max_tokens:
+            reason = "length"
+        output = Output(text, (token,), logprobs, reason)
+        if reason:
+            self._finish(request, output)
+        else:
+            request.deliver(output)
+
+    def _finish(self, request: Request, last: Output) -> None:
+        if request.status is Status.FINISHED:
+            return
+        self.scheduler.remove(request)
+        del self._requests[request.id]
+        self._cached_tokens += request.cached_tokens
+        tail = request.text.finish() if request.text else ""
+        request.deliver(
+            Output(
+                last.text + tail, last.token_ids, last.logprobs, last.finish_reason, last.error
+            )
+        )

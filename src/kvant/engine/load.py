@@ -1,0 +1,159 @@
+"""From a model's name and options to a running engine: the one place where all parts meet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from threadpoolctl import threadpool_limits
+
+from kvant.cache.sizing import CacheSize, free_memory, size_for_bytes, size_for_tokens
+from kvant.config import EngineConfig, parse_bytes
+from kvant.engine.engine import Engine
+from kvant.errors import ConfigError
+from kvant.formats import PAGE_TOKENS, KVShape, KVSpec
+from kvant.kernels import KVMemory, make_backend
+from kvant.loading.checkpoint import Checkpoint, Progress, load_weights
+from kvant.loading.resolve import resolve_model
+from kvant.loading.tokenizer import Tokenizer
+from kvant.models.config import DecoderConfig
+from kvant.models.decoder import Decoder
+
+__all__ = ["LoadedModel", "cache_size", "load_model", "open_checkpoint"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """An engine, and what its users need beside it."""
+
+    name: str
+    engine: Engine
+    tokenizer: Tokenizer
+    config: DecoderConfig
+    generation_defaults: Mapping[str, Any]
+    kv_spec: KVSpec
+    cache: CacheSize
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a ``.gguf`` file or a Hugging Face folder without reading its weights.
+
+    Raises:
+        ModelError: it is damaged or of an unsupported architecture.
+    """
+    if path.is_dir():
+        from kvant.loading.safetensors import SafetensorsCheckpoint
+
+        return SafetensorsCheckpoint(path)
+    from kvant.loading.gguf import GGUFCheckpoint
+
+    return GGUFCheckpoint(path)
+
+
+def cache_size(
+    config: EngineConfig, spec: KVSpec, shape: KVShape, memory: int | None = None
+) -> CacheSize:
+    """The KV cache that the options ask for; ``memory`` replaces the memory found free.
+
+    Raises:
+        ConfigError: it would not hold a page, or not fit into the free memory.
+    """
+    if config.kv_tokens is not None:
+        size = size_for_tokens(spec, shape, config.kv_tokens, config.max_batch_size)
+    else:
+        budget = (
+            parse_bytes(config.kv_memory)
+            if config.kv_memory is not None
+            else int(config.cache_max_entry_count * (memory or free_memory()))
+        )
+        size = size_for_bytes(spec, shape, budget, config.max_batch_size)
+    free = memory or free_memory()
+    if size.nbytes > free:
+        raise ConfigError(
+            f"the KV cache would take {size.nbytes / 2**30:.2f} GiB and {free / 2**30:.2f} GiB "
+            "are free; give less with kv_memory or kv_tokens, or take a smaller KV format"
+        )
+    return size
+
+
+def _session_len(config: EngineConfig, model: DecoderConfig, cache: CacheSize) -> int:
+    """The longest sequence: as asked or trained, but never more than the pool holds."""
+    if config.session_len is None:
+        return min(model.max_positions, cache.num_tokens)
+    if config.session_len > cache.num_tokens:
+        raise ConfigError(
+            f"session_len={config.session_len} does not fit a KV cache of {cache.num_tokens} "
+            "tokens; lower it or give the cache more with kv_memory or kv_tokens"
+        )
+    stretched = model.rope.kind in ("dynamic", "yarn", "linear")
+    if config.session_len > model.max_positions and not stretched:
+        raise ConfigError(
+            f"session_len={config.session_len} exceeds the model's context of "
+            f"{model.max_positions} tokens; lower it"
+        )
+    return config.session_len
+
+
+def _share_cores(num_threads: int | None) -> None:
+    """One pool of busy threads for the process: torch's. numpy's BLAS, which the reference
+    backend uses for small products, keeps to the calling thread."""
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    threadpool_limits(limits=1, user_api="blas")
+
+
+def load_model(
+    name: str, config: EngineConfig, progress: Progress | None = None
+) -> LoadedModel:
+    """Find, read and start a model.
+
+    Args:
+        name: see :func:`kvant.loading.resolve.resolve_model`.
+        config: the engine's options.
+        progress: called with (layers read, layers in all).
+
+    Raises:
+        ModelError: the model cannot be found or read.
+        ConfigError: the options do not fit it or the machine.
+    """
+    _share_cores(config.num_threads)
+    path = resolve_model(name, revision=config.revision, download_dir=config.download_dir)
+    checkpoint = open_checkpoint(path)
+    model = checkpoint.config
+    # On a CPU bfloat16 is the fast 16-bit type, whatever the checkpoint was saved in.
+    dtype = getattr(torch, "bfloat16" if config.dtype == "auto" else config.dtype)
+    spec = config.kv_spec("f16" if dtype is torch.float16 else "bf16")
+    spec.check_head_dim(model.head_dim)
+    weights = load_weights(checkpoint, dtype, progress)
+    size = cache_size(config, spec, model.kv_shape)
+    session_len = _session_len(config, model, size)
+    step_tokens = max(config.max_prefill_token_num, 1)
+    memory = KVMemory.allocate(
+        spec,
+        model.kv_shape,
+        size.num_pages,
+        size.num_recent,
+        step_tokens // PAGE_TOKENS if spec.recent is not None else 0,
+    )
+    engine = Engine(
+        Decoder(model, weights, longest=session_len),
+        make_backend(config.backend, memory),
+        memory,
+        session_len=session_len,
+        max_batch_size=config.max_batch_size,
+        max_step_tokens=step_tokens,
+        prefix_caching=config.enable_prefix_caching,
+        check=config.check,
+    )
+    return LoadedModel(
+        name=name,
+        engine=engine,
+        tokenizer=checkpoint.tokenizer(),
+        config=model,
+        generation_defaults=checkpoint.generation_defaults,
+        kv_spec=spec,
+        cache=size,
+    )

@@ -1,0 +1,115 @@
+"""From a row of logits to a token. Each draw depends on the request's seed and the index of the
+token only, so results do not change with the batch, preemption or the rest of the load."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvant.request import Request
+
+__all__ = ["Sampled", "sample"]
+
+Row = NDArray[np.float32]
+
+
+class Sampled(NamedTuple):
+    """``token`` is None if the logits were not finite or every token was banned."""
+
+    token: int | None
+    logprobs: dict[int, float] | None = None
+
+
+def sample(logits: NDArray[np.float32], requests: Sequence[Request]) -> list[Sampled]:
+    """Pick the next token of each request from its row of ``logits [len(requests), V]``."""
+    best = logits.argmax(axis=-1)
+    return [
+        _sample_row(row, int(top), request)
+        for row, top, request in zip(logits, best, requests, strict=True)
+    ]
+
+
+def _sample_row(row: Row, best: int, request: Request) -> Sampled:
+    if not np.isfinite(row[best]) or np.isnan(row).any():
+        return Sampled(None)
+    gen = request.gen
+    changed = _process(row, request)
+    if changed is not None:
+        best = int(changed.argmax())
+        if changed[best] == -np.inf:
+            return Sampled(None)
+    token = best if gen.greedy else _draw(row if changed is None else changed, request)
+    if gen.logprobs is None:
+        return Sampled(token)
+    return Sampled(token, _logprobs(row, token, gen.logprobs))
+
+
+def _process(row: Row, request: Request) -> Row | None:
+    """Logits after penalties and bans; None if the request has neither."""
+    gen = request.gen
+    banned = _banned(request)
+    penal = gen.repetition_penalty != 1 or gen.presence_penalty or gen.frequency_penalty
+    if not banned and not penal:
+        return None
+    row = row.copy()
+    if gen.repetition_penalty != 1:
+        seen = np.unique(np.array(request.tokens, np.int64))
+        hit = row[seen]
+        factor = np.float32(gen.repetition_penalty)
+        row[seen] = np.where(hit > 0, hit / factor, hit * factor)
+    if gen.presence_penalty or gen.frequency_penalty:
+        output = np.array(request.tokens[request.num_prompt :], np.int64)
+        seen, counts = np.unique(output, return_counts=True)
+        row[seen] -= gen.presence_penalty + gen.frequency_penalty * counts.astype(np.float32)
+    row[list(banned)] = -np.inf
+    return row
+
+
+def _banned(request: Request) -> set[int]:
+    gen = request.gen
+    banned = set(gen.bad_token_ids or ())
+    if request.num_generated < (gen.min_new_tokens or 0):
+        banned |= request.stop_ids
+    for *before, last in request.bad_sequences:
+        if request.tokens[len(request.tokens) - len(before) :] == before:
+            banned.add(last)
+    return banned
+
+
+def _draw(row: Row, request: Request) -> int:
+    """One draw from the softmax of ``row`` under temperature, top-k, top-p and min-p."""
+    gen = request.gen
+    count = min(gen.top_k or len(row), len(row))
+    if count < len(row):
+        kept = np.argpartition(row, -count)[-count:]
+    else:
+        kept = np.arange(len(row))
+    kept = kept[np.lexsort((kept, -row[kept]))]  # most likely first, ties by token id
+    scaled = (row[kept] - row[kept[0]]).astype(np.float64) / gen.temperature
+    weights = np.exp(scaled)
+    total = weights.cumsum()
+    # A token is kept while the tokens before it have less than top_p of the total.
+    nucleus = (total - weights) < gen.top_p * total[-1]
+    nucleus &= weights >= gen.min_p * weights[0]
+    nucleus[0] = True
+    total = np.where(nucleus, weights, 0).cumsum()
+    place = int(np.searchsorted(total, _uniform(request) * total[-1], side="right"))
+    return int(kept[min(place, int(nucleus.nonzero()[0][-1]))])
+
+
+def _uniform(request: Request) -> float:
+    bits: Any = np.random.Philox(key=request.seed, counter=request.num_generated)
+    return float(np.random.Generator(bits).random())
+
+
+def _logprobs(row: Row, token: int, count: int) -> dict[int, float]:
+    """The ``count`` largest log-probabilities and that of ``token``, most likely first."""
+    exact = row.astype(np.float64)
+    norm = exact.max() + np.log(np.exp(exact - exact.max()).sum())
+    count = min(count, len(row))
+    top = np.argpartition(exact, -count)[-count:] if count else np.empty(0, np.int64)
+    chosen = sorted({*top.tolist(), token}, key=lambda t: (-exact[t], t))
+    return {t: float(exact[t] - norm) for t in chosen}

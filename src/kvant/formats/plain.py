@@ -1,0 +1,56 @@
+"""Identity formats: the vector itself in f32, f16 or bf16.
+
+    f32    32 bits per element, exact
+    f16    16 bits, round to nearest even, |x - x'| <= 2^-11 |x| + 2^-25; saturates at +-65504
+    bf16   16 bits, round to nearest even, |x - x'| <= 2^-8 |x|
+
+One plane, ``values [D]``. A NaN or Inf stays in its own element. They take the same path as
+the quantized formats: the 16-bit cache is not a special case anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvant.formats.base import Array, KVFormat, Plane
+
+__all__ = ["Plain"]
+
+
+def _to_bf16(x: Array) -> Array:
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(x), np.uint32(0x7FC0), rounded).astype(np.uint16)
+
+
+def _from_bf16(x: Array) -> Array:
+    return (x.astype(np.uint32) << 16).view(np.float32)
+
+
+def _to_f16(x: Array) -> Array:
+    return np.where(np.isfinite(x), np.clip(x, -65504, 65504), x).astype(np.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class Plain(KVFormat):
+    """``name`` is one of ``f32``, ``f16``, ``bf16``."""
+
+    name: str
+    rotated: bool = False
+    head_dim_multiple: int = 2
+
+    def planes(self, head_dim: int) -> tuple[Plane, ...]:
+        dtype = {"f32": "float32", "f16": "float16", "bf16": "uint16"}[self.name]
+        return (Plane("values", dtype, head_dim),)
+
+    def quantize(self, x: Array) -> tuple[Array, ...]:
+        if self.name == "f32":
+            return (x,)
+        return (_to_bf16(x) if self.name == "bf16" else _to_f16(x),)
+
+    def dequantize(self, planes: Sequence[Array], head_dim: int) -> Array:  # noqa: ARG002
+        (values,) = planes
+        return _from_bf16(values) if self.name == "bf16" else values.astype(np.float32)

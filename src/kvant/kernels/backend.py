@@ -1,0 +1,107 @@
+"""The contract between models and backends: a batch, and two verbs.
+
+A backend is the only place where the bytes of pages and arithmetic meet. All backends agree on
+every byte they write (the page layout of :mod:`kvant.formats.base`) and are judged by the
+reference backend.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvant.cache.pool import BytePool
+from kvant.formats import KVShape, KVSpec
+
+__all__ = ["Backend", "Batch", "BatchSequence", "KVMemory"]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSequence:
+    """One sequence's share of a batch: rows ``[row, row + end - start)`` are its positions
+    ``[start, end)``.
+
+    ``pages`` are the base pages that hold positions ``[0, end)`` as far as these are in base
+    pages (:mod:`kvant.cache.paged`). With a recent part ``fine_pages[i]`` is the page, in the
+    finer format, of group ``start // 64 + i``, for every group that the rows touch: a recent
+    page, or a scratch page (``>= num_recent``) for a group that this step fills.
+    """
+
+    row: int
+    start: int
+    end: int
+    pages: NDArray[np.int64]
+    fine_pages: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The arrays of one step. T rows in all, in no particular mix of prompt and decode.
+
+    tokens     int64 [T], token ids
+    positions  int64 [T], position of each row in its sequence
+    logit_rows int64 [R], rows whose logits are wanted
+    """
+
+    tokens: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    sequences: tuple[BatchSequence, ...]
+    logit_rows: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class KVMemory:
+    """All memory of a KV cache: base pages, recent pages and the scratch of one layer.
+
+    Scratch pages hold the finer encoding of groups that a step fills; they live from a layer's
+    ``write`` to its ``attend`` and every layer reuses them.
+    """
+
+    spec: KVSpec
+    shape: KVShape
+    base: BytePool
+    recent: BytePool
+    scratch: BytePool
+
+    @classmethod
+    def allocate(
+        cls, spec: KVSpec, shape: KVShape, num_pages: int, num_recent: int, num_scratch: int
+    ) -> KVMemory:
+        """Reserve the pools; ``num_recent`` and ``num_scratch`` are 0 without a recent part."""
+        spec.check_head_dim(shape.head_dim)
+        fine = spec.fine.page_bytes(shape)
+        return cls(
+            spec,
+            shape,
+            BytePool(num_pages, spec.page_bytes(shape)),
+            BytePool(num_recent, fine),
+            BytePool(num_scratch, fine // shape.num_layers),
+        )
+
+
+class Backend(Protocol):
+    """Attention over encoded pages. Arrays are those of the model (torch tensors or numpy).
+
+    ``write`` then ``attend``, once per layer per step, in layer order. Neither knows about
+    requests, sampling or models beyond the arguments.
+    """
+
+    name: str
+
+    def write(self, layer: int, k: Any, v: Any, batch: Batch) -> None:
+        """Encode keys and values ``[T, Hkv, D]`` (after RoPE) into the pages of the batch."""
+        ...
+
+    def attend(
+        self, layer: int, q: Any, batch: Batch, *, scale: float, window: int | None = None
+    ) -> Any:
+        """Causal attention of queries ``q [T, H, D]`` to the *encoded* keys and values of their
+        sequences, their own positions included; returns ``[T, H, D]`` like ``q``.
+
+        ``scale`` multiplies the scores. With ``window`` a query at position t sees positions
+        ``(t - window, t]`` only.
+        """
+        ...

@@ -1,0 +1,200 @@
+"""The reference backend: the living specification of ``write`` and ``attend``, in numpy.
+
+Float32 throughout, no cleverness: whole pages are dequantized, scores are a matrix product and
+softmax is computed in one piece. Every other backend is tested against it. It is also the
+backend that runs where no faster one is available.
+
+What a query sees is decided by positions alone: all earlier pages in the spec's own formats, and
+its own page in the finer format if the spec has one. The arithmetic is too: queries are taken in
+tiles of 16 positions (position // 16), always 16 rows against whole pages with the rest masked.
+A tile's shapes, and so the order of every sum, do not depend on the chunk or the batch: results
+are bit-equal for any chunking of a prompt, prefix hit or batch composition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvant.cache.pool import BytePool
+from kvant.formats import PAGE_TOKENS, KVFormat, KVShape, KVSpec, PartView
+from kvant.kernels.backend import Batch, BatchSequence, KVMemory
+
+__all__ = ["ReferenceBackend"]
+
+F32 = NDArray[np.float32]
+_ALL_SLOTS = np.arange(PAGE_TOKENS)
+_TILE = 16
+
+
+class _Segment(NamedTuple):
+    """Keys and values ``[Hkv, N, D]`` in the domains in which their formats store them."""
+
+    k_format: KVFormat
+    v_format: KVFormat
+    k: F32
+    v: F32
+
+    def first(self, count: int) -> _Segment:
+        return self._replace(k=self.k[:, :count], v=self.v[:, :count])
+
+
+class _Store:
+    """One pool of pages, opened as K and V parts for each layer."""
+
+    def __init__(self, spec: KVSpec, shape: KVShape, pool: BytePool) -> None:
+        self.spec = spec
+        dim, layers = shape.head_dim, range(shape.num_layers)
+        k_bytes, both_bytes = spec.k.part_bytes(dim), spec.head_page_bytes(dim)
+        raw = pool.pages.reshape(pool.num_pages, len(layers), shape.num_kv_heads, both_bytes)
+        self._k = [PartView(spec.k, "k", dim, raw[:, layer, :, :k_bytes]) for layer in layers]
+        self._v = [PartView(spec.v, "v", dim, raw[:, layer, :, k_bytes:]) for layer in layers]
+
+    def write(self, layer: int, pages: NDArray[Any], slots: NDArray[Any], k: F32, v: F32) -> None:
+        """Encode ``k, v [N, Hkv, D]`` into ``slots [N]`` of ``pages [N]``."""
+        self._k[layer].write(pages, slots, k)
+        self._v[layer].write(pages, slots, v)
+
+    def read(self, layer: int, pages: NDArray[Any]) -> _Segment:
+        return _Segment(
+            self.spec.k, self.spec.v, self._k[layer].read(pages), self._v[layer].read(pages)
+        )
+
+
+class ReferenceBackend:
+    """See the module's docstring; the contract is :class:`kvant.kernels.backend.Backend`."""
+
+    name = "reference"
+
+    def __init__(self, memory: KVMemory) -> None:
+        spec, shape = memory.spec, memory.shape
+        self._base = _Store(spec, shape, memory.base)
+        self._has_recent = spec.recent is not None
+        self._num_recent = memory.recent.num_pages
+        self._recent = _Store(spec.fine, shape, memory.recent)
+        self._scratch = _Store(spec.fine, replace(shape, num_layers=1), memory.scratch)
+
+    def write(self, layer: int, k: Any, v: Any, batch: Batch) -> None:
+        """Encode new tokens; a group that becomes full is re-encoded from its fine page."""
+        k, v = _float32(k), _float32(v)
+        if not self._has_recent:
+            pages = np.concatenate(
+                [seq.pages[np.arange(seq.start, seq.end) // PAGE_TOKENS] for seq in batch.sequences]
+            )
+            self._base.write(layer, pages, batch.positions % PAGE_TOKENS, k, v)
+            return
+        for seq in batch.sequences:
+            rows = slice(seq.row, seq.row + seq.end - seq.start)
+            position = batch.positions[rows]
+            groups = position // PAGE_TOKENS
+            pages = seq.fine_pages[groups - seq.start // PAGE_TOKENS]
+            for store, store_layer, first, here in (
+                (self._recent, layer, 0, pages < self._num_recent),
+                (self._scratch, 0, self._num_recent, pages >= self._num_recent),
+            ):
+                slots = position[here] % PAGE_TOKENS
+                store.write(store_layer, pages[here] - first, slots, k[rows][here], v[rows][here])
+            for group in range(seq.start // PAGE_TOKENS, seq.end // PAGE_TOKENS):
+                fine = self._read_fine(layer, seq, group)
+                page = np.full(PAGE_TOKENS, seq.pages[group])
+                k_fine = fine.k_format.unrotate(fine.k).swapaxes(0, 1)
+                v_fine = fine.v_format.unrotate(fine.v).swapaxes(0, 1)
+                self._base.write(layer, page, _ALL_SLOTS, k_fine, v_fine)
+
+    def attend(
+        self, layer: int, q: Any, batch: Batch, *, scale: float, window: int | None = None
+    ) -> Any:
+        """Plain softmax attention over dequantized pages, a tile of one sequence at a time."""
+        queries = _float32(q)
+        out = np.empty_like(queries)
+        for seq in batch.sequences:
+            last_group = (seq.end - 1) // PAGE_TOKENS
+            base = self._base.read(layer, seq.pages[: last_group + (not self._has_recent)])
+            for first in range(seq.start - seq.start % _TILE, seq.end, _TILE):
+                segments = self._segments(layer, seq, first // PAGE_TOKENS, base)
+                start, end = max(seq.start, first), min(seq.end, first + _TILE)
+                rows = slice(seq.row + start - seq.start, seq.row + end - seq.start)
+                tile = np.zeros((_TILE, *queries.shape[1:]), np.float32)
+                tile[start - first : end - first] = queries[rows]
+                visible = _visible(first, sum(seg.k.shape[1] for seg in segments), window)
+                attended = _softmax_attention(tile, segments, visible, scale)
+                out[rows] = attended[start - first : end - first]
+        return _like(out, q)
+
+    def _segments(
+        self, layer: int, seq: BatchSequence, group: int, base: _Segment
+    ) -> list[_Segment]:
+        """What queries of a group see: earlier pages and their own, whole."""
+        if not self._has_recent:
+            return [base.first((group + 1) * PAGE_TOKENS)]
+        return [base.first(group * PAGE_TOKENS), self._read_fine(layer, seq, group)]
+
+    def _read_fine(self, layer: int, seq: BatchSequence, group: int) -> _Segment:
+        page = seq.fine_pages[group - seq.start // PAGE_TOKENS]
+        if page < self._num_recent:
+            return self._recent.read(layer, np.array([page]))
+        return self._scratch.read(0, np.array([page - self._num_recent]))
+
+
+def _visible(first: int, num_keys: int, window: int | None) -> NDArray[np.bool_]:
+    """Which of the keys ``[0, num_keys)`` the queries of the tile at ``first`` see:
+    ``[16, num_keys]``."""
+    query, key = np.arange(first, first + _TILE)[:, None], np.arange(num_keys)
+    seen = key <= query
+    return seen if window is None else seen & (key > query - window)
+
+
+def _softmax_attention(
+    q: F32, segments: list[_Segment], visible: NDArray[np.bool_], scale: float
+) -> F32:
+    """Attend queries ``q [n, H, D]`` to the concatenation of the segments; ``[n, H, D]``.
+    Keys that a query does not see may be anything, NaN included."""
+    rows, heads, dim = q.shape
+    kv_heads = segments[0].k.shape[0]
+    share = heads // kv_heads
+    grouped = q.reshape(rows, kv_heads, share, dim).transpose(1, 2, 0, 3)
+    grouped = grouped.reshape(kv_heads, share * rows, dim)
+    with np.errstate(invalid="ignore", over="ignore"):
+        scores = np.concatenate(
+            [seg.k_format.rotate(grouped) @ seg.k.swapaxes(1, 2) for seg in segments], axis=-1
+        )
+        scores *= np.float32(scale)
+        scores = np.where(np.tile(visible, (share, 1)), scores, np.float32(-np.inf))
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        out = np.zeros_like(grouped)
+        position = 0
+        for seg in segments:
+            length = seg.k.shape[1]
+            part = _weighted_sum(weights[..., position : position + length], seg.v)
+            out += seg.v_format.unrotate(part)
+            position += length
+        out /= weights.sum(axis=-1, keepdims=True)
+    out = out.reshape(kv_heads, share, rows, dim).transpose(2, 0, 1, 3)
+    return out.reshape(rows, heads, dim)
+
+
+def _weighted_sum(weights: F32, v: F32) -> F32:
+    """``weights [.., n, N] @ v [.., N, D]`` in which a NaN or Inf value reaches only the rows
+    that give it weight (0 * NaN would reach all)."""
+    broken = ~np.isfinite(v).all(axis=-1)
+    if not broken.any():
+        return weights @ v
+    out = weights @ np.where(broken[..., None], np.float32(0), v)
+    out[((weights > 0) & broken[:, None, :]).any(axis=-1)] = np.nan
+    return out
+
+
+def _float32(x: Any) -> F32:
+    """A float32 numpy array of a numpy array or CPU torch tensor."""
+    return x.astype(np.float32, copy=False) if isinstance(x, np.ndarray) else x.float().numpy()
+
+
+def _like(out: F32, template: Any) -> Any:
+    if isinstance(template, np.ndarray):
+        return out
+    import torch
+
+    return torch.from_numpy(out).to(template.dtype)

@@ -1,0 +1,1 @@
+"""Models from disk, packages or the hub: weights, configs, tokenizers, chat templates."""

@@ -1,0 +1,94 @@
+"""A Hugging Face folder: config.json, safetensors shards, tokenizer files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from kvant.errors import ModelError
+from kvant.loading.tokenizer import Tokenizer
+from kvant.models.families import find_family
+
+__all__ = ["SafetensorsCheckpoint"]
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read {path}: {error}") from None
+
+
+def _open_shards(folder: Path) -> dict[str, Any]:
+    """Tensor name -> opened file that has it."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(
+            f"no *.safetensors in {folder}; kvant reads safetensors and GGUF, "
+            "convert other checkpoints first"
+        )
+    found: dict[str, Any] = {}
+    for file in files:
+        try:
+            shard = safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{file} is damaged or cut short ({error}); download it again"
+            ) from None
+        found.update(dict.fromkeys(shard.keys(), shard))
+    return found
+
+
+class SafetensorsCheckpoint:
+    """See :class:`kvant.loading.checkpoint.Checkpoint`.
+
+    Raises:
+        ModelError: config.json or the weights are missing, damaged or unsupported.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        raw = _read_json(folder / "config.json")
+        family = find_family(raw)
+        try:
+            self.config = family.config(raw)
+        except KeyError as error:
+            raise ModelError(f"{folder / 'config.json'} has no {error}") from None
+        self._names = family.names
+        self._shards = _open_shards(folder)
+        defaults = folder / "generation_config.json"
+        self.generation_defaults: Mapping[str, Any] = (
+            _read_json(defaults) if defaults.exists() else {}
+        )
+
+    def tokenizer(self) -> Tokenizer:
+        """Build the tokenizer from the folder's files."""
+        return Tokenizer.from_folder(self._folder)
+
+    def _their_name(self, name: str, layer: int | None) -> str | None:
+        stem, _, kind = name.rpartition(".")
+        pattern = self._names.get(stem)
+        return pattern and f"{pattern.format(layer)}.{kind}"
+
+    def has(self, name: str, layer: int | None = None) -> bool:
+        """Whether a shard has our tensor ``name``."""
+        return self._their_name(name, layer) in self._shards
+
+    def tensor(self, name: str, layer: int | None = None) -> Tensor:
+        """Read our tensor ``name``."""
+        theirs = self._their_name(name, layer)
+        if theirs not in self._shards:
+            raise ModelError(
+                f'tensor "{theirs}" is missing in {self._folder}; '
+                "the checkpoint is incomplete (a shard may be missing), download it again"
+            )
+        try:
+            tensor: Tensor = self._shards[theirs].get_tensor(theirs)
+        except SafetensorError as error:
+            raise ModelError(f'tensor "{theirs}" cannot be read: {error}') from None
+        return tensor

@@ -1,0 +1,86 @@
+"""One sequence on its way through the engine, and what comes out of it."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvant.cache.paged import Holding
+from kvant.config import GenerationConfig
+
+if TYPE_CHECKING:
+    from kvant.engine.text import TextStream
+
+__all__ = ["FinishReason", "Output", "Request", "Status"]
+
+FinishReason = Literal["stop", "length", "error", "abort"]
+
+
+class LogitsSink(Protocol):
+    """Receives the logits ``[n, V]`` of positions ``[start, start + n)`` as they are made."""
+
+    def __call__(self, start: int, logits: NDArray[np.float32]) -> None: ...
+
+
+class Status(enum.Enum):
+    """Where a request is. A preempted one is waiting again."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one step added to one request. The last one has a ``finish_reason``."""
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[dict[int, float], ...] = ()
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A sequence: its tokens, how many of them are computed, and the pages it holds.
+
+    ``computed`` tokens have their keys and values in pages and a step closes part of the gap to
+    ``len(tokens)``; there is no other notion of prompt and decode phase. ``leader`` is a request
+    with the same prompt whose pages can be shared once it has computed them.
+    """
+
+    id: int
+    tokens: list[int]
+    num_prompt: int
+    gen: GenerationConfig
+    deliver: Callable[[Output], None]
+    max_tokens: int
+    stop_ids: frozenset[int] = frozenset()
+    bad_sequences: Sequence[Sequence[int]] = ()
+    seed: int = 0
+    text: TextStream | None = None
+    logits_sink: LogitsSink | None = None
+    leader: Request | None = None
+
+    status: Status = Status.WAITING
+    computed: int = 0
+    holding: Holding = field(default_factory=Holding)
+    cached_tokens: int = 0
+    num_preemptions: int = 0
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def wants_all_logits(self) -> bool:
+        """Whether logits of every position go to ``logits_sink``: the prompt must then be
+        computed, not found in the cache."""
+        return self.logits_sink is not None and self.gen.output_logits == "all"
