@@ -15,10 +15,10 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvant.api import Pipeline, Response, Session, pipeline
     from kvant.config import EngineConfig, GenerationConfig
     from kvant.errors import ConfigError, EngineDeadError, KvantError, ModelError, RequestError
     from kvant.formats import KVSpec
-    from kvant.api import Pipeline, Response, Session, pipeline
 
 __version__ = "0.1.0"
 

@@ -10,6 +10,7 @@ import queue
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -20,7 +21,7 @@ from kvant.engine.text import TextStream
 from kvant.engine.worker import EngineWorker, Stream
 from kvant.errors import ConfigError, KvantError, RequestError
 from kvant.loading.chat import ChatTemplate, as_messages
-from kvant.request import FinishReason, Output, Request
+from kvant.request import FinishReason, LogitsSink, Output, Request
 
 if TYPE_CHECKING:
     from kvant.engine.load import LoadedModel
@@ -116,9 +117,7 @@ class Pipeline:
         on_progress: Callable[[int], None] | None = None,
     ) -> Response | list[Response]:
         """Same as :meth:`infer`."""
-        return self.infer(
-            prompts, gen_config, do_preprocess=do_preprocess, on_progress=on_progress
-        )
+        return self.infer(prompts, gen_config, do_preprocess=do_preprocess, on_progress=on_progress)
 
     def infer(
         self,
@@ -191,14 +190,13 @@ class Pipeline:
     ) -> Response:
         """:meth:`infer` of one prompt (n = 1) for asyncio."""
         whole = Response()
-        async for piece in self.stream_infer_async(
-            prompt, gen_config, do_preprocess=do_preprocess
-        ):
+        async for piece in self.stream_infer_async(prompt, gen_config, do_preprocess=do_preprocess):
             whole = replace(
                 piece,
                 text=whole.text + piece.text,
                 token_ids=whole.token_ids + piece.token_ids,
-                logprobs=(whole.logprobs or []) + piece.logprobs if piece.logprobs
+                logprobs=(whole.logprobs or []) + piece.logprobs
+                if piece.logprobs
                 else whole.logprobs,
             )
         return whole
@@ -248,9 +246,7 @@ class Pipeline:
             pass
         return losses
 
-    def score_request(
-        self, ids: Sequence[int], sink: Callable[[int, NDArray[np.float32]], None]
-    ) -> Request:
+    def score_request(self, ids: Sequence[int], sink: LogitsSink) -> Request:
         """A request that generates nothing: ``sink(start, logits)`` receives the logits of every
         position. Run it with :meth:`run`."""
         self.model.engine.validate(list(ids))
@@ -259,7 +255,6 @@ class Pipeline:
             tokens=list(ids),
             num_prompt=len(ids),
             gen=GenerationConfig(output_logits="all"),
-            deliver=lambda output: None,
             max_tokens=len(ids),
             logits_sink=sink,
         )
@@ -342,7 +337,6 @@ class Pipeline:
             tokens=list(ids),
             num_prompt=len(ids),
             gen=gen,
-            deliver=lambda output: None,
             max_tokens=min(len(ids) + gen.max_new_tokens, self.model.engine.session_len),
             stop_ids=frozenset((*eos, *(gen.stop_token_ids or ()))),
             bad_sequences=self._bad_sequences(gen),
@@ -381,7 +375,7 @@ class Pipeline:
         """Run requests; (index, new piece) as outputs arrive, while ``responses`` grow."""
         arrived: queue.SimpleQueue[tuple[int, Output]] = queue.SimpleQueue()
         for index, request in enumerate(requests):
-            request.deliver = lambda output, index=index: arrived.put((index, output))
+            request.deliver = partial(_put, arrived, index)
         self._worker.submit(requests)
         running = dict(enumerate(requests))
         try:
@@ -394,6 +388,10 @@ class Pipeline:
         finally:
             for request in running.values():
                 self._worker.abort(request)
+
+
+def _put(arrived: queue.SimpleQueue[tuple[int, Output]], index: int, output: Output) -> None:
+    arrived.put((index, output))
 
 
 class _LossSink:

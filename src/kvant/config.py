@@ -44,7 +44,7 @@ def _strict(error: type[KvantError]) -> Any:
                     )
             init(self, **values)
 
-        cls.__init__ = checked_init  # type: ignore[assignment]
+        cls.__init__ = checked_init  # type: ignore[method-assign]
         return cls
 
     return decorate
@@ -103,8 +103,13 @@ class EngineConfig:
         dtypes = ("auto", "bfloat16", "float16", "float32")
         if self.dtype not in dtypes:
             raise ConfigError(f'dtype "{self.dtype}" is unknown; use one of {", ".join(dtypes)}')
-        for name in ("session_len", "max_batch_size", "kv_tokens", "max_prefill_token_num",
-                     "num_threads"):
+        for name in (
+            "session_len",
+            "max_batch_size",
+            "kv_tokens",
+            "max_prefill_token_num",
+            "num_threads",
+        ):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
@@ -182,8 +187,7 @@ class GenerationConfig:
             )
         if (self.min_new_tokens or 0) > self.max_new_tokens:
             raise RequestError(
-                f"min_new_tokens={self.min_new_tokens} exceeds max_new_tokens="
-                f"{self.max_new_tokens}"
+                f"min_new_tokens={self.min_new_tokens} exceeds max_new_tokens={self.max_new_tokens}"
             )
         for name in ("stop_words", "bad_words", "stop_token_ids", "bad_token_ids"):
             _check_list(name, getattr(self, name), str if name.endswith("words") else int)

@@ -16,7 +16,7 @@ from kvant.config import GenerationConfig
 if TYPE_CHECKING:
     from kvant.engine.text import TextStream
 
-__all__ = ["FinishReason", "Output", "Request", "Status"]
+__all__ = ["FinishReason", "LogitsSink", "Output", "Request", "Status"]
 
 FinishReason = Literal["stop", "length", "error", "abort"]
 
@@ -46,6 +46,10 @@ class Output:
     error: str | None = None
 
 
+def _discard(output: Output) -> None:
+    """Deliver to nobody."""
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """A sequence: its tokens, how many of them are computed, and the pages it holds.
@@ -59,8 +63,8 @@ class Request:
     tokens: list[int]
     num_prompt: int
     gen: GenerationConfig
-    deliver: Callable[[Output], None]
     max_tokens: int
+    deliver: Callable[[Output], None] = _discard
     stop_ids: frozenset[int] = frozenset()
     bad_sequences: Sequence[Sequence[int]] = ()
     seed: int = 0

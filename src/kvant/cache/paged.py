@@ -116,7 +116,9 @@ class PagedCache:
         grow = self.base_pages(end) - len(holding.pages)
         open_before = start % PAGE_TOKENS > 0
         copy_base = (
-            not self.has_recent and open_before and self.base.is_shared(holding.pages[start // PAGE_TOKENS])
+            not self.has_recent
+            and open_before
+            and self.base.is_shared(holding.pages[start // PAGE_TOKENS])
         )
         new_recent = self.has_recent and not open_before and end % PAGE_TOKENS > 0
         copy_recent = (
@@ -131,10 +133,10 @@ class PagedCache:
             return None
         copies = []
         if copy_base:
-            source = holding.pages[start // PAGE_TOKENS]
+            source = holding.pages[open_page]
             target = self.base.allocate()
             copies.append(PageCopy(False, source, target))
-            holding.pages[start // PAGE_TOKENS] = target
+            holding.pages[open_page] = target
             self.base.release(source)
         if copy_recent and holding.recent is not None:
             source = holding.recent

@@ -117,10 +117,10 @@ class PageAllocator:
     def check(self, holders: Iterable[Sequence[PageId]] = ()) -> None:
         """Raise AssertionError if an invariant is broken; ``holders`` are the page lists of
         all sequences alive, whose references must add up exactly."""
-        free = set(self._free)
+        free: set[int] = set(self._free)
         assert len(free) == len(self._free), "a page is free twice"
-        states = (free, set(self._references), set(self._cached))
-        assert sum(map(len, states)) == self.num_pages, "a page is lost or in two states"
+        states: list[set[int]] = [free, set(self._references), set(self._cached)]
+        assert sum(len(s) for s in states) == self.num_pages, "a page is lost or in two states"
         assert set().union(*states) == set(range(self.num_pages)), "unknown page"
         assert all(count > 0 for count in self._references.values()), "reference count below 1"
         assert set(self._cached) <= set(self._hash_of), "a cached page has no hash"

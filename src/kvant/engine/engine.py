@@ -169,9 +169,7 @@ class Engine:
             request.computed = part.end
             self._cache.commit(request.holding, request.tokens, part.end)
             if request.logits_sink and part.num_logits:
-                request.logits_sink(
-                    part.end - part.num_logits, logits[row : row + part.num_logits]
-                )
+                request.logits_sink(part.end - part.num_logits, logits[row : row + part.num_logits])
             row += part.num_logits
             if not part.sample:
                 continue
@@ -219,7 +217,5 @@ class Engine:
         self._cached_tokens += request.cached_tokens
         tail = request.text.finish() if request.text else ""
         request.deliver(
-            Output(
-                last.text + tail, last.token_ids, last.logprobs, last.finish_reason, last.error
-            )
+            Output(last.text + tail, last.token_ids, last.logprobs, last.finish_reason, last.error)
         )

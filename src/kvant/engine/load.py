@@ -105,9 +105,7 @@ def _share_cores(num_threads: int | None) -> None:
     threadpool_limits(limits=1, user_api="blas")
 
 
-def load_model(
-    name: str, config: EngineConfig, progress: Progress | None = None
-) -> LoadedModel:
+def load_model(name: str, config: EngineConfig, progress: Progress | None = None) -> LoadedModel:
     """Find, read and start a model.
 
     Args:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvant.cache.pages import PageId
 from kvant.cache.paged import PageCopy
+from kvant.cache.pages import PageId
 from kvant.formats import PAGE_TOKENS
 from kvant.kernels.backend import Batch, BatchSequence
 

@@ -145,7 +145,7 @@ class EngineWorker:
         def run() -> None:
             try:
                 future.set_result(function(self._engine))
-            except BaseException as error:  # noqa: BLE001 - it is raised in the caller
+            except BaseException as error:
                 future.set_exception(error)
 
         self._put(run)
@@ -182,7 +182,7 @@ class EngineWorker:
                 self._engine.step()
             self._obey(block=False)
             self._engine.abort_all()
-        except BaseException as error:  # noqa: BLE001 - whatever it is, requests get an answer
+        except BaseException as error:
             with self._lock:
                 self._failure = error
             self._obey(block=False)

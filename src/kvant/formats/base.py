@@ -167,7 +167,7 @@ class PartView:
         planes = []
         for plane, order, stored in self._planes:
             axes = (1, 0, *(a + 2 for a in order.token_axes + order.column_axes))
-            shape = (stored.shape[1], len(pages) * PAGE_TOKENS)
-            shape += (plane.columns,) if plane.columns else ()
-            planes.append(stored[pages].transpose(axes).reshape(shape))
+            columns = (plane.columns,) if plane.columns else ()
+            by_token = stored[pages].transpose(axes)
+            planes.append(by_token.reshape(stored.shape[1], len(pages) * PAGE_TOKENS, *columns))
         return self.fmt.dequantize(planes, self._head_dim)

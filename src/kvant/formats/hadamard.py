@@ -49,7 +49,8 @@ def _hadamard(x: NDArray[Any]) -> NDArray[Any]:
         a, b = pairs[..., 0, :], pairs[..., 1, :]
         x = np.stack((a + b, a - b), axis=-2).reshape(x.shape)
         stride *= 2
-    return x * x.dtype.type(1 / np.sqrt(block))
+    out: NDArray[Any] = x * x.dtype.type(1 / np.sqrt(block))
+    return out
 
 
 def rotate(x: NDArray[Any]) -> NDArray[Any]:
@@ -61,4 +62,5 @@ def rotate(x: NDArray[Any]) -> NDArray[Any]:
 def unrotate(x: NDArray[Any]) -> NDArray[Any]:
     """Invert :func:`rotate`."""
     with np.errstate(invalid="ignore", over="ignore"):
-        return _hadamard(x) * signs(x.shape[-1]).astype(x.dtype)
+        out: NDArray[Any] = _hadamard(x) * signs(x.shape[-1]).astype(x.dtype)
+    return out

@@ -156,15 +156,15 @@ def _softmax_attention(
     kv_heads = segments[0].k.shape[0]
     share = heads // kv_heads
     grouped = q.reshape(rows, kv_heads, share, dim).transpose(1, 2, 0, 3)
-    grouped = grouped.reshape(kv_heads, share * rows, dim)
+    flat: F32 = grouped.reshape(kv_heads, share * rows, dim)
     with np.errstate(invalid="ignore", over="ignore"):
         scores = np.concatenate(
-            [seg.k_format.rotate(grouped) @ seg.k.swapaxes(1, 2) for seg in segments], axis=-1
+            [seg.k_format.rotate(flat) @ seg.k.swapaxes(1, 2) for seg in segments], axis=-1
         )
         scores *= np.float32(scale)
         scores = np.where(np.tile(visible, (share, 1)), scores, np.float32(-np.inf))
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        out = np.zeros_like(grouped)
+        out = np.zeros_like(flat)
         position = 0
         for seg in segments:
             length = seg.k.shape[1]
@@ -172,18 +172,18 @@ def _softmax_attention(
             out += seg.v_format.unrotate(part)
             position += length
         out /= weights.sum(axis=-1, keepdims=True)
-    out = out.reshape(kv_heads, share, rows, dim).transpose(2, 0, 1, 3)
-    return out.reshape(rows, heads, dim)
+    by_row = out.reshape(kv_heads, share, rows, dim).transpose(2, 0, 1, 3)
+    return by_row.reshape(rows, heads, dim)
 
 
 def _weighted_sum(weights: F32, v: F32) -> F32:
     """``weights [.., n, N] @ v [.., N, D]`` in which a NaN or Inf value reaches only the rows
     that give it weight (0 * NaN would reach all)."""
-    broken = ~np.isfinite(v).all(axis=-1)
+    broken = np.logical_not(np.isfinite(v).all(axis=-1, keepdims=True))
     if not broken.any():
         return weights @ v
-    out = weights @ np.where(broken[..., None], np.float32(0), v)
-    out[((weights > 0) & broken[:, None, :]).any(axis=-1)] = np.nan
+    out = weights @ np.where(broken, np.float32(0), v)
+    out[((weights > 0) & broken.swapaxes(1, 2)).any(axis=-1)] = np.nan
     return out
 
 

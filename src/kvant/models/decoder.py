@@ -11,6 +11,7 @@ libraries it does not, but for small batches: below some number of rows they sum
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -105,7 +106,8 @@ class Decoder:
         """Attention of one layer from its fused projections ``[T, (H + 2 Hkv) * D]``."""
         config = self.config
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
-        q, k, v = qkv.view(-1, heads + 2 * kv_heads, dim).split((heads, kv_heads, kv_heads), dim=1)
+        by_head = qkv.view(-1, heads + 2 * kv_heads, dim)
+        q, k, v = torch.split(by_head, [heads, kv_heads, kv_heads], dim=1)
         backend.write(index, apply_rope(k, cos, sin), v, batch)
         out: Tensor = backend.attend(
             index,

@@ -1,0 +1,118 @@
+"""Command-line options made from the fields of the configs: one field, one place.
+
+Type, help and default come from the dataclass. Only what the user gave is passed on, and the
+dataclass checks it, so the command line has no rules of its own. ``--quant-policy`` and
+``--quant_policy`` are the same option.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Collection, Sequence
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+
+from kvant.errors import ConfigError, did_you_mean
+
+__all__ = ["Parser", "add_options", "read_options"]
+
+T = TypeVar("T")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are ConfigErrors, so one line; options may stand anywhere
+    between the positional words."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(
+            **arguments,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+    def read(self, words: Sequence[str]) -> argparse.Namespace:
+        """Parse.
+
+        Raises:
+            ConfigError: an unknown option, naming the nearest one, or a word that is no value.
+        """
+        options, rest = _split(words)
+        self._check_names(options)
+        namespace, extra = self.parse_known_intermixed_args([*options, *rest])
+        if extra:
+            self.error(f"unexpected {' '.join(map(repr, extra))}")
+        return namespace
+
+    def _check_names(self, words: Sequence[str]) -> None:
+        known = [name for action in self._actions for name in action.option_strings]
+        for word in words:
+            name = word.partition("=")[0]
+            if name.startswith("--") and name not in known:
+                self.error(
+                    f'no option "{name}"{did_you_mean(name, known) or ";"} put -- before '
+                    "prompts that begin with dashes"
+                )
+
+
+def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words before ``--``, spelled with dashes, and ``--`` with what follows."""
+    end = list(words).index("--") if "--" in words else len(words)
+    return [_spell(word) for word in words[:end]], list(words[end:])
+
+
+def _spell(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else word
+
+
+def add_options(
+    parser: argparse.ArgumentParser, config: type[Any], title: str, *, without: Collection[str] = ()
+) -> None:
+    """Add an option for each field of a config dataclass, except those in ``without``."""
+    group = parser.add_argument_group(title)
+    hints = get_type_hints(config)
+    for field in dataclasses.fields(config):
+        if field.name not in without:
+            group.add_argument(
+                f"--{field.name.replace('_', '-')}",
+                dest=field.name,
+                default=argparse.SUPPRESS,
+                help=_help(field),
+                **_kind(hints[field.name]),
+            )
+
+
+def read_options(options: argparse.Namespace, config: type[T]) -> T:
+    """The config that was asked for.
+
+    Raises:
+        ConfigError, RequestError: what the config says to its values.
+    """
+    names = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
+    return config(**{name: value for name, value in vars(options).items() if name in names})
+
+
+def _help(field: dataclasses.Field[Any]) -> str:
+    text = str(field.metadata.get("help", ""))
+    if field.default is not None and "default" not in text:
+        default = {True: "on", False: "off"}.get(field.default, field.default)
+        text += f" (default: {default})" if field.type != "bool" else f" (default {default})"
+    return text.replace("%", "%%")
+
+
+def _kind(hint: Any) -> dict[str, Any]:
+    """How argparse reads a value of this type; ``X | None`` is read as X."""
+    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
+    if get_origin(hint) is not None and get_origin(hint) in (list, Sequence):
+        kinds = [hint]
+    (kind, *others) = kinds
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if get_origin(kind) is not None:  # Sequence[X]: give the option several times
+        return {"action": "append", "type": get_args(kind)[0], "metavar": "X"}
+    if others:  # several spellings, such as a size in bytes or "4GiB"
+        return {"type": str, "metavar": "X"}
+    return {"type": kind, "metavar": {int: "N", float: "R"}.get(kind, "X")}
