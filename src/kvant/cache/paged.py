@@ -115,10 +115,9 @@ class PagedCache:
         """
         grow = self.base_pages(end) - len(holding.pages)
         open_before = start % PAGE_TOKENS > 0
+        open_page = start // PAGE_TOKENS
         copy_base = (
-            not self.has_recent
-            and open_before
-            and self.base.is_shared(holding.pages[start // PAGE_TOKENS])
+            not self.has_recent and open_before and self.base.is_shared(holding.pages[open_page])
         )
         new_recent = self.has_recent and not open_before and end % PAGE_TOKENS > 0
         copy_recent = (
