@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Collection, Sequence
+from types import UnionType
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from kvant.errors import ConfigError, did_you_mean
@@ -96,19 +97,20 @@ def read_options(options: argparse.Namespace, config: type[T]) -> T:
 
 
 def _help(field: dataclasses.Field[Any]) -> str:
-    text = str(field.metadata.get("help", ""))
-    if field.default is not None and "default" not in text:
-        default = {True: "on", False: "off"}.get(field.default, field.default)
-        text += f" (default: {default})" if field.type != "bool" else f" (default {default})"
+    text, default = str(field.metadata.get("help", "")), field.default
+    if isinstance(default, bool):
+        default = "on" if default else "off"
+    if default is not None and "default" not in text:
+        text += f" (default: {default})"
     return text.replace("%", "%%")
 
 
 def _kind(hint: Any) -> dict[str, Any]:
     """How argparse reads a value of this type; ``X | None`` is read as X."""
-    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
-    if get_origin(hint) is not None and get_origin(hint) in (list, Sequence):
-        kinds = [hint]
-    (kind, *others) = kinds
+    if isinstance(hint, UnionType):
+        kind, *others = (kind for kind in get_args(hint) if kind is not type(None))
+    else:
+        kind, others = hint, []
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
     if get_origin(kind) is not None:  # Sequence[X]: give the option several times

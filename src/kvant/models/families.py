@@ -152,7 +152,7 @@ def find_family(config: Json) -> Family:
     names = config.get("architectures") or ["(none)"]
     if names[0] not in FAMILIES:
         raise ModelError(
-            f'architecture "{names[0]}" is not supported{did_you_mean(names[0], FAMILIES)} '
-            f"kvant runs {', '.join(FAMILIES)}"
+            f'architecture "{names[0]}" is not supported; '
+            f"kvant runs {', '.join(FAMILIES)}{did_you_mean(names[0], FAMILIES)}"
         )
     return FAMILIES[names[0]]

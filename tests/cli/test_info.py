@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvant import EngineConfig
+from kvant.cli.info import ABOUT
+from kvant.config import parse_bytes
+from kvant.formats import FORMATS, PRESETS, KVSpec
+from tests.cli.conftest import Run, write_config
+
+GIB = 2**30
+
+
+def facts(run: Run, *words: str) -> dict[str, Any]:
+    done = run("info", *words, "--json")
+    assert (done.code, done.err) == (0, "")
+    found: dict[str, Any] = json.loads(done.out)
+    return found
+
+
+def test_the_machine(run: Run) -> None:
+    done = run("info")
+    assert done.code == 0
+    for word in ("kvant", "torch", "numpy", "cores", "free", "reference", *FORMATS, *PRESETS):
+        assert word in done.out
+    found = facts(run)
+    assert found["cores"] >= 1 and found["memory_free"] > 0
+    assert "reference" in found["backends"]
+    assert {row["name"]: row["bits_64"] for row in found["formats"]}["int8"] == 8.5
+
+
+def test_every_format_is_described() -> None:
+    assert set(ABOUT) == {*FORMATS, *PRESETS}
+
+
+def test_sizes_of_a_model(run: Run, tiny: str) -> None:
+    found = facts(run, tiny, "--memory", "1GiB", "--session-len", "1000")
+    assert (found["num_layers"], found["num_kv_heads"], found["head_dim"]) == (2, 1, 16)
+    assert found["kv"] == "bf16"
+    rows = {row["kv"]: row for row in found["formats"]}
+    assert {"f32", "int4h", "int4h+r64", "k=int8h,v=int4h+r64"} <= set(rows)
+    assert "int8+r64" not in rows
+    row = rows["int8"]
+    assert row["bits_per_element"] == 10 and row["bytes_per_token"] == 80
+    assert row["page_bytes"] == 80 * 64
+    assert row["tokens_per_gib"] == GIB // (80 * 64) * 64
+    assert row["num_tokens"] == int(0.8 * GIB) // (80 * 64) * 64
+    assert row["full_length_requests"] == row["num_pages"] // 16
+    assert rows["int4h+r64"]["full_length_requests"] == 128
+
+
+@pytest.mark.parametrize(
+    "words",
+    (
+        ("--kv-memory", "1MiB"),
+        ("--kv-tokens", "1000"),
+        ("--memory", "100MB", "--cache-max-entry-count", "0.02"),
+        ("--kv-memory", "100000", "--max-batch-size", "3"),
+    ),
+)
+@pytest.mark.parametrize("kv", ("f32", "int4h+r64", "k=int8,v=int4h+r64:bf16"))
+def test_sizes_are_those_that_loading_chooses(
+    run: Run, tiny: str, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], kv: str
+) -> None:
+    """Held down: a second way to compute the size of a cache."""
+    from kvant.engine import load
+
+    given = dict(zip(words[::2], words[1::2], strict=True))
+    options: dict[str, Any] = {"kv": kv}
+    for name, convert in (("kv_memory", str), ("kv_tokens", int), ("max_batch_size", int),
+                          ("cache_max_entry_count", float)):  # fmt: skip
+        if (value := given.get(f"--{name.replace('_', '-')}")) is not None:
+            options[name] = convert(value)
+    if "--memory" in given:
+        monkeypatch.setattr(load, "free_memory", lambda: parse_bytes(given["--memory"]))
+    rows = {row["kv"]: row for row in facts(run, tiny, "--kv", kv, *words)["formats"]}
+    cache = load.load_model(tiny, EngineConfig(**options)).cache
+    row = rows[str(KVSpec.parse(kv))]
+    assert (row["num_pages"], row["num_recent"], row["nbytes"], row["num_tokens"]) == (
+        cache.num_pages, cache.num_recent, cache.nbytes, cache.num_tokens
+    )  # fmt: skip
+
+
+def test_the_weights_are_taken_off_the_free_memory(
+    run: Run, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvant.cli.info.free_memory", lambda: GIB)
+    found = facts(run, tiny)
+    stored = Path(tiny, "model.safetensors").stat().st_size / 4  # there in float32
+    assert found["weight_bytes"] / 2 == pytest.approx(stored, rel=0.05)
+    assert found["memory"] == GIB - found["weight_bytes"]
+    assert facts(run, tiny, "--dtype", "float32")["weight_bytes"] == 2 * found["weight_bytes"]
+
+
+def test_the_table(run: Run, tiny: str) -> None:
+    out = run("info", tiny, "--memory", "1GiB", "--quant_policy", "4").out
+    assert "LlamaForCausalLM, 2 layers, 2 heads, 1 KV heads of 16, context 16384" in out
+    assert "int4 *" in out and "bf16 *" not in out
+    assert "x 16384" in out
+
+
+def test_a_cache_that_cannot_be_is_a_row_with_a_reason(run: Run, tiny: str) -> None:
+    found = facts(run, tiny, "--kv-memory", "5200", "--memory", "1MiB")
+    rows = {row["kv"]: row for row in found["formats"]}
+    assert rows["int8"]["num_tokens"] == 64
+    assert "holds no page" in rows["f32"]["problem"] and "num_tokens" not in rows["f32"]
+    text = run("info", tiny, "--kv-memory", "5200", "--memory", "1MiB").out
+    assert "holds no page" in text
+
+
+def test_a_head_dim_that_a_format_cannot_store(run: Run, tmp_path: Path, tiny: str) -> None:
+    for file in Path(tiny).iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "config.json").unlink()
+    write_config(tmp_path, head_dim=12)
+    rows = {row["kv"]: row for row in facts(run, str(tmp_path))["formats"]}
+    assert "multiple of 8" in rows["int8"]["problem"]
+    assert rows["bf16"]["num_tokens"] > 0
+    assert run("info", str(tmp_path)).code == 0
+
+
+def test_wrong_words(run: Run, tiny: str) -> None:
+    run("info", tiny, "--memory", "lots").assert_error(2, "'lots'")
+    run("info", "no-such-model").assert_error(3, "no-such-model")
+    run("info", tiny, "--kv", "int3").assert_error(2, "int3")

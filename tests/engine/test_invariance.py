@@ -1,0 +1,229 @@
+"""The promise: a prefix hit, a cold run, any chunking and any batch see each token in exactly the
+same precision. Shown bit for bit, on pages and logits, through the real decoder and backend.
+
+Two models. In the first every sum is order-free by construction, so only the *precision rule* can
+make a difference: each row of each weight matrix has two entries, powers of two (a sum of two exact
+products is rounded once, in any order), RMSNorm is the identity (eps 2^40, weight 2^20), RoPE
+turns by nothing, and queries are so large that attention picks one token. The second is SmolLM2:
+there bit-equality also needs linear layers that give a row the same bits in any batch
+(kvant.models.decoder), which torch's CPU libraries do, measured, not promised.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from kvant.cache.sizing import size_for_tokens
+from kvant.config import EngineConfig, GenerationConfig
+from kvant.engine.engine import Engine
+from kvant.engine.load import load_model
+from kvant.errors import ModelError
+from kvant.formats import PAGE_TOKENS, KVSpec
+from kvant.kernels import KVMemory, make_backend
+from kvant.models.config import DecoderConfig, RopeConfig
+from kvant.models.decoder import Decoder, DecoderWeights, LayerWeights, Linear
+from kvant.request import Request
+
+SPECS = ["bf16", "int8", "int4", "int4h", "k8v4h", "int4h+r64", "int4+r64:bf16"]
+CHUNKS = [1, 17, 64, 512]
+LENGTH = 150
+CONFIG = DecoderConfig(
+    architecture="order-free",
+    vocab_size=64,
+    hidden_size=64,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    max_positions=1024,
+    norm_eps=2.0**40,
+    rope=RopeConfig(kind="linear", factor=1e60),
+    windows=(None, None),
+)
+
+
+def _two_per_row(rows: int, columns: int, seed: int, scale: float = 1.0) -> torch.Tensor:
+    rng = np.random.default_rng(seed)
+    weight = np.zeros((rows, columns), np.float32)
+    for row in weight:
+        row[rng.choice(columns, 2, replace=False)] = rng.choice([-1, 1, 2], 2) * scale
+    return torch.from_numpy(weight).bfloat16()
+
+
+def _order_free_weights() -> DecoderWeights:
+    norm = torch.full((64,), 2.0**20).bfloat16()
+
+    def layer(seed: int) -> LayerWeights:
+        q = _two_per_row(64, 64, seed, scale=2.0**30)
+        k, v = _two_per_row(32, 64, seed + 1), _two_per_row(32, 64, seed + 2)
+        return LayerWeights(
+            attention_norm=norm,
+            qkv=Linear(torch.cat((q, k, v))),
+            output=Linear(_two_per_row(64, 64, seed + 3)),
+            mlp_norm=norm,
+            gate_up=Linear(_two_per_row(128, 64, seed + 4)),
+            down=Linear(_two_per_row(64, 64, seed + 5, scale=0.25)),
+        )
+
+    embedding = np.random.default_rng(7).integers(-8, 9, (64, 64)).astype(np.float32)
+    return DecoderWeights(
+        embedding=torch.from_numpy(embedding).bfloat16(),
+        layers=(layer(10), layer(20)),
+        norm=norm,
+        head=Linear(_two_per_row(64, 64, 30)),
+    )
+
+
+def _order_free_engine(spec: str, chunk: int, *, prefix_caching: bool = True) -> Engine:
+    parsed = KVSpec.parse(spec)
+    size = size_for_tokens(parsed, CONFIG.kv_shape, 8192, 20)
+    scratch = chunk // PAGE_TOKENS if parsed.recent else 0
+    memory = KVMemory.allocate(parsed, CONFIG.kv_shape, size.num_pages, size.num_recent, scratch)
+    return Engine(
+        Decoder(CONFIG, _order_free_weights(), longest=1024),
+        make_backend("reference", memory),
+        memory,
+        session_len=1024,
+        max_batch_size=20,
+        max_step_tokens=chunk,
+        prefix_caching=prefix_caching,
+        check=True,
+    )
+
+
+@dataclass
+class Seen:
+    """What one request left: logits by position, its text, the bytes of its full pages."""
+
+    logits: dict[int, NDArray[np.float32]]
+    tokens: list[int]
+    pages: NDArray[Any]
+
+    def assert_same_bits(self, other: Seen) -> None:
+        assert self.tokens == other.tokens
+        assert np.array_equal(self.pages, other.pages)
+        common = self.logits.keys() & other.logits.keys()
+        assert common
+        for position in common:
+            assert np.array_equal(self.logits[position], other.logits[position]), position
+
+
+def _observe(
+    engine: Engine, prompt: list[int], *, others: int = 0, new: int = 45, all_logits: bool = True
+) -> Seen:
+    """Run a prompt, in a batch with ``others`` if any, and record everything about it."""
+    logits: dict[int, NDArray[np.float32]] = {}
+    tokens: list[int] = []
+
+    def sink(start: int, rows: NDArray[np.float32]) -> None:
+        logits.update({start + i: row.copy() for i, row in enumerate(rows)})
+
+    def request(request_id: int, ids: list[int], **more: Any) -> Request:
+        return Request(
+            id=request_id, tokens=list(ids), num_prompt=len(ids), max_tokens=len(ids) + new, **more
+        )
+
+    rng = np.random.default_rng(len(prompt))
+    first = 1000 * (engine.stats().steps + 1)
+    for index in range(others // 2):
+        engine.submit(
+            request(
+                first + index, rng.integers(0, 64, 20 + 7 * index).tolist(), gen=GenerationConfig()
+            )
+        )
+    main = request(
+        first + 100,
+        prompt,
+        gen=GenerationConfig(output_logits="all" if all_logits else "generation"),
+        logits_sink=sink,
+        deliver=lambda output: tokens.extend(output.token_ids),
+    )
+    engine.submit(main)
+    for index in range(others - others // 2):
+        engine.submit(
+            request(
+                first + 200 + index,
+                rng.integers(0, 64, 70 - 3 * index).tolist(),
+                gen=GenerationConfig(),
+            )
+        )
+    pages: NDArray[Any] = np.empty(0)
+    while engine.has_work:
+        engine.step()
+        if main.holding.pages:
+            full = main.computed // PAGE_TOKENS
+            pages = engine.memory.base.pages[main.holding.pages[:full]].copy()
+    return Seen(logits, tokens, pages)
+
+
+def _prompt(length: int = LENGTH) -> list[int]:
+    return np.random.default_rng(3).integers(0, 64, length).tolist()
+
+
+@pytest.fixture(scope="module", params=SPECS)
+def cold(request: pytest.FixtureRequest) -> tuple[str, Seen]:
+    """A spec, and a cold run alone with the whole prompt in one chunk."""
+    return request.param, _observe(_order_free_engine(request.param, 512), _prompt())
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_any_chunking_is_the_same_bits(cold: tuple[str, Seen], chunk: int) -> None:
+    spec, expected = cold
+    _observe(_order_free_engine(spec, chunk), _prompt()).assert_same_bits(expected)
+
+
+@pytest.mark.parametrize("shared", [64, 100, LENGTH])
+def test_a_prefix_hit_is_the_same_bits(cold: tuple[str, Seen], shared: int) -> None:
+    spec, expected = cold
+    engine = _order_free_engine(spec, 100)
+    _observe(engine, _prompt()[:shared], new=1)
+    hit = _observe(engine, _prompt(), all_logits=False)
+    assert engine.stats().cached_tokens >= shared // PAGE_TOKENS * PAGE_TOKENS - PAGE_TOKENS
+    hit.assert_same_bits(expected)
+
+
+@pytest.mark.parametrize("chunk", [64, 512])
+def test_a_batch_of_sixteen_is_the_same_bits(cold: tuple[str, Seen], chunk: int) -> None:
+    spec, expected = cold
+    _observe(_order_free_engine(spec, chunk), _prompt(), others=15).assert_same_bits(expected)
+
+
+def test_the_model_tells_precisions_apart() -> None:
+    """Otherwise the tests above could not fail: formats, and a recent part, change the logits."""
+    runs = [
+        _observe(_order_free_engine(spec, 512), _prompt(), new=1)
+        for spec in ("f32", "int8", "int4", "int4h", "int4h+r64")
+    ]
+    last = [seen.logits[LENGTH - 1].tobytes() for seen in runs]
+    every = [b"".join(seen.logits[p].tobytes() for p in range(LENGTH)) for seen in runs]
+    assert len(set(every)) == len(runs)
+    assert len(set(last)) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", ["bf16", "int8", "int4h", "int4h+r64"])
+def test_smollm2_is_the_same_bits(spec: str) -> None:
+    """Greedy text and logits of a real model, in bfloat16: chunks, a prefix hit, a batch."""
+    prompt = np.random.default_rng(5).integers(100, 40000, 150).tolist()
+
+    def engine(chunk: int) -> Engine:
+        config = EngineConfig(
+            kv=spec, kv_tokens=8192, max_prefill_token_num=chunk, max_batch_size=20
+        )
+        try:
+            return load_model("smollm2-135m", config).engine
+        except ModelError as error:
+            pytest.skip(str(error))
+
+    whole = engine(512)
+    expected = _observe(whole, prompt, new=8)
+    _observe(whole, prompt, new=8, all_logits=False).assert_same_bits(expected)
+    _observe(whole, prompt, new=8, others=15).assert_same_bits(expected)
+    _observe(engine(17), prompt, new=8).assert_same_bits(expected)

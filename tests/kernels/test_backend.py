@@ -1,0 +1,264 @@
+"""Every backend against the oracle: what it writes, what it reads, and what it must not see."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from kvant.errors import ConfigError
+from kvant.formats import FORMATS, PAGE_TOKENS, KVShape, KVSpec
+from kvant.kernels import BACKENDS, KVMemory, make_backend
+from tests.kernels.driver import Driver, Sequence, assert_as_good_as_plain, errors, open_parts
+
+SPECS = (*FORMATS, "k8v4h", "k=int4h,v=f16", "int4h+r64", "int4h+r64:bf16", "k8v4+r64:f32")
+FEW_SPECS = ("f32", "int8", "k8v4h", "int4h+r64")
+
+# Lengths around page borders; with MIXED chunks their prompts and decodes share batches.
+LENGTHS = (1, 63, 64, 65, 127, 128, 129, 193)
+MIXED = (1, 17, 1, 200, 1, 64)
+
+
+@pytest.mark.parametrize("kv", SPECS)
+def test_a_batch_of_prompts_and_decodes_over_shuffled_pages(backend: str, kv: str) -> None:
+    """Sequences of all lengths in one batch, each with its own chunks and its own pages."""
+    driver = Driver(backend, kv, layers=2)
+    sequences = [driver.add(length) for length in LENGTHS]
+    driver.run(*sequences, chunks=MIXED)
+    assert_as_good_as_plain(driver, *sequences)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("kv", FEW_SPECS)
+def test_a_prompt_in_one_step(backend: str, kv: str, length: int) -> None:
+    """No chunk before, no page shared: lengths on both sides of a page border."""
+    driver = Driver(backend, kv)
+    seq = driver.add(length)
+    driver.run(seq)
+    assert_as_good_as_plain(driver, seq)
+
+
+@pytest.mark.parametrize("share", (1, 2, 3, 4, 16))
+@pytest.mark.parametrize("kv", FEW_SPECS)
+def test_query_heads_that_share_keys(backend: str, kv: str, share: int) -> None:
+    """Held down: heads assigned to keys by remainder instead of by quotient; ratios that are
+    no power of two."""
+    driver = Driver(backend, kv, heads=2 * share)
+    sequences = [driver.add(length) for length in (5, 70)]
+    driver.run(*sequences, chunks=(66, 1))
+    assert_as_good_as_plain(driver, *sequences)
+
+
+@pytest.mark.parametrize("head_dim", (8, 64, 80, 96, 128, 256))
+@pytest.mark.parametrize("kv", SPECS)
+def test_head_dims(backend: str, kv: str, head_dim: int) -> None:
+    driver = Driver(backend, kv, head_dim=head_dim)
+    sequences = [driver.add(length) for length in (5, 70)]
+    driver.run(*sequences, chunks=(66, 1))
+    assert_as_good_as_plain(driver, *sequences)
+
+
+@pytest.mark.parametrize("window", (1, 5, 63, 64, 65, 100, 1000))
+@pytest.mark.parametrize("kv", FEW_SPECS)
+def test_a_window_ends_before_its_length(backend: str, kv: str, window: int) -> None:
+    """A query at t sees (t - window, t]. Held down: windows one too long, whole pages dropped
+    when their last tokens are still seen, and softmax over a page that is not seen at all."""
+    driver = Driver(backend, kv, window=window)
+    sequences = [driver.add(length) for length in (64, 193)]
+    driver.run(*sequences, chunks=MIXED)
+    assert_as_good_as_plain(driver, *sequences)
+
+
+@pytest.mark.parametrize("kv", ("f32", "int8h", "int4h+r64"))
+def test_scores_far_apart_neither_overflow_nor_vanish(backend: str, kv: str) -> None:
+    """Softmax subtracts the maximum: scores of thousands, of both signs."""
+    driver = Driver(backend, kv)
+    seq = driver.add(129)
+    seq.q *= 1000
+    driver.run(seq, chunks=(100, 1))
+    assert_as_good_as_plain(driver, seq)
+
+
+@pytest.mark.parametrize(
+    "kv", ("bf16", "int8", "int4h", "k8v4h", "int4h+r64", "int8+r64:bf16", "f16+r64:int4")
+)
+def test_chunks_leave_no_trace(backend: str, kv: str) -> None:
+    """Pages are equal bit by bit whatever was computed in which step, and outputs within
+    float32 rounding. Held down: prompts whose recent tokens are seen in another precision
+    than they would be in a decode, so that logits depend on the batch."""
+    whole = Driver(backend, kv, layers=2)
+    seq = whole.add(130)
+    whole.run(seq)
+    for chunk in (64, 17, 1):
+        driver = Driver(backend, kv, layers=2)
+        again = driver.replay(seq)
+        driver.run(again, chunks=(chunk,))
+        assert_as_good_as_plain(driver, again)
+        np.testing.assert_array_equal(driver.base_bytes(again), whole.base_bytes(seq))
+        np.testing.assert_array_equal(driver.recent_vectors(again), whole.recent_vectors(seq))
+
+
+@pytest.mark.parametrize("kv", SPECS)
+def test_pages_are_the_formats_own_bytes(backend: str, kv: str) -> None:
+    """Head pages of K then V, layer by layer, in the byte map that :class:`PartView` defines,
+    so that pages move between backends. Unwritten slots keep what they had."""
+    driver = Driver(backend, kv, layers=2)
+    seq = driver.add(100)
+    driver.run(seq, chunks=(70, 1))
+    spec, shape = driver.spec, driver.shape
+    fine = spec.recent
+    k, v = (x if fine is None else fine.decode(fine.encode(x), 64) for x in (seq.k, seq.v))
+    for page, stored in enumerate(driver.base_bytes(seq)):
+        first, last = page * PAGE_TOKENS, min((page + 1) * PAGE_TOKENS, 100)
+        expected = _page(spec, shape, k[:, first:last], v[:, first:last])
+        np.testing.assert_array_equal(stored, expected)
+    if fine is not None:
+        expected = fine.dequantize(fine.encode(np.stack((seq.k, seq.v))[:, :, 64:]), 64)
+        np.testing.assert_array_equal(driver.recent_vectors(seq), expected)
+
+
+def _page(spec: KVSpec, shape: KVShape, k: NDArray[Any], v: NDArray[Any]) -> NDArray[np.uint8]:
+    """A page that holds ``k, v [L, n, H, D]`` in its first slots, poisoned elsewhere."""
+    page = np.full(spec.page_bytes(shape), 0xFF, np.uint8)
+    slots = np.arange(k.shape[1])
+    for layer in range(shape.num_layers):
+        for view, x in zip(open_parts(spec, shape, page, layer), (k, v), strict=True):
+            view.write(np.zeros_like(slots), slots, x[layer])
+    return page
+
+
+@pytest.mark.parametrize("kv", FEW_SPECS)
+def test_a_shared_prefix_is_as_good_as_a_computed_one(backend: str, kv: str) -> None:
+    """A prefix hit gives the bytes and outputs of a cold start (nobody else promises it)."""
+    driver = Driver(backend, kv)
+    first = driver.add(200)
+    driver.run(first)
+    second = driver.add(170, first, 140)
+    assert second.computed == 128
+    third = driver.add(150)
+    driver.run(second, third, chunks=(30, 1))
+    assert_as_good_as_plain(driver, first)
+    assert_as_good_as_plain(driver, second, first=128)
+    assert_as_good_as_plain(driver, third)
+    cold = Driver(backend, kv)
+    again = cold.replay(second)
+    cold.run(again)
+    np.testing.assert_array_equal(driver.base_bytes(second), cold.base_bytes(again))
+    np.testing.assert_array_equal(driver.recent_vectors(second), cold.recent_vectors(again))
+
+
+@pytest.mark.parametrize("computed", (64, 100))
+@pytest.mark.parametrize("kv", FEW_SPECS)
+def test_forks_go_on_apart(backend: str, kv: str, computed: int) -> None:
+    """Several continuations of one prompt share its pages, the open one until it is written."""
+    driver = Driver(backend, kv)
+    parent = driver.add(140)
+    driver.step([(parent, 64)])
+    if computed > 64:
+        driver.step([(parent, computed - 64)])
+    children = [driver.fork(parent, length) for length in (120, 150)]
+    driver.run(parent, *children, chunks=(1, 40))
+    assert_as_good_as_plain(driver, parent)
+    assert_as_good_as_plain(driver, *children, first=computed)
+
+
+@pytest.mark.parametrize("kv", SPECS)
+def test_what_nobody_wrote_is_never_seen(backend: str, kv: str) -> None:
+    """Other pages and slots hold NaNs (0xFF in any format), zeros or plausible numbers: not a
+    bit of an output changes. Held down: 0 * NaN from the unused end of a page, reads of stale
+    pages behind a mask."""
+    outputs = []
+    for poison in (0x00, 0xFF, 0x3C, 0x7E):
+        driver = Driver(backend, kv, poison=poison)
+        sequences = [driver.add(length) for length in (1, 65, 130)]
+        driver.run(*sequences, chunks=MIXED)
+        outputs.append(np.concatenate([seq.out for seq in sequences], axis=1))
+    for output in outputs[1:]:
+        np.testing.assert_array_equal(output, outputs[0])
+
+
+@pytest.mark.parametrize("side", ("k", "v"))
+@pytest.mark.parametrize("window", (None, 50))
+@pytest.mark.parametrize("poison", (np.nan, np.inf))
+@pytest.mark.parametrize("kv", ("f32", "f16", "int8", "int4h", "int4h+r64"))
+def test_a_broken_token_reaches_only_those_who_see_it(
+    backend: str, kv: str, poison: float, window: int | None, side: str
+) -> None:
+    """One element of one KV head of token 70 is broken. Queries before it, behind the window
+    or of other heads are as good as ever; with a NaN all others are NaN, which is loud."""
+    driver = Driver(backend, kv, window=window)
+    seq, other = driver.add(193), driver.add(80)
+    clean = Sequence(seq.tokens, seq.q, seq.k.copy(), seq.v.copy(), seq.out)
+    getattr(seq, side)[0, 70, 1, 5] = poison
+    driver.run(seq, other, chunks=(120, 1, 64))
+    assert_as_good_as_plain(driver, other)
+    sees = np.zeros((1, 193, driver.heads), bool)
+    sees[:, 70 : 193 if window is None else 70 + window, 2:] = True
+    error, in_plain = errors(driver, clean)  # shares its outputs with the broken sequence
+    assert error[~sees].max() <= 2 * in_plain.max()
+    if np.isnan(poison):
+        assert np.isnan(seq.out[sees]).all()
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16", "float16"))
+def test_torch_tensors_come_back_as_they_came(backend: str, dtype: str) -> None:
+    import torch
+
+    driver = Driver(backend, "int8")
+    seq = driver.add(70)
+    batch = driver.begin([(seq, 70)]).batch
+    q, k, v = (torch.from_numpy(x[0]).to(getattr(torch, dtype)) for x in (seq.q, seq.k, seq.v))
+    driver.backend.write(0, k, v, batch)
+    out = driver.backend.attend(0, q, batch, scale=0.125)
+    assert isinstance(out, torch.Tensor)
+    assert (out.dtype, out.shape) == (q.dtype, q.shape)
+    driver.backend.write(0, k.float().numpy(), v.float().numpy(), batch)
+    same = driver.backend.attend(0, q.float().numpy(), batch, scale=0.125)
+    torch.testing.assert_close(out, torch.from_numpy(same).to(q.dtype), rtol=0, atol=0)
+
+
+def _memory() -> KVMemory:
+    shape = KVShape(num_layers=2, num_kv_heads=2, head_dim=64)
+    return KVMemory.allocate(KVSpec.parse("int8"), shape, 4, 0, 0)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_backends_are_made_by_name(name: str) -> None:
+    assert make_backend(name, _memory()).name == name
+
+
+def test_auto_is_the_first_backend() -> None:
+    assert make_backend("auto", _memory()).name == next(iter(BACKENDS)) != "null"
+
+
+@pytest.mark.parametrize(("wrong", "nearest"), (("refrence", "reference"), ("nul", "null")))
+def test_an_unknown_backend_is_answered_with_the_nearest(wrong: str, nearest: str) -> None:
+    """Held down: a misspelt or missing backend that silently becomes a slow one."""
+    with pytest.raises(ConfigError, match=f'"{wrong}".*did you mean "{nearest}"'):
+        make_backend(wrong, _memory())
+
+
+def test_null_has_the_right_shapes() -> None:
+    driver = Driver("null", "int8")
+    seq = driver.add(100)
+    before = driver.memory.base.pages.copy()
+    driver.run(seq, chunks=(70, 1))
+    np.testing.assert_array_equal(seq.out, seq.q)
+    np.testing.assert_array_equal(driver.memory.base.pages, before)
+
+
+def test_memory_for_vectors_that_do_not_fit_is_refused() -> None:
+    shape = KVShape(num_layers=1, num_kv_heads=1, head_dim=60)
+    with pytest.raises(ConfigError, match="60"):
+        KVMemory.allocate(KVSpec.parse("int8"), shape, 1, 0, 0)
+
+
+@pytest.mark.parametrize("kv", FEW_SPECS)
+def test_memory_is_that_of_the_spec(kv: str) -> None:
+    spec, shape = KVSpec.parse(kv), KVShape(num_layers=3, num_kv_heads=2, head_dim=64)
+    memory = KVMemory.allocate(spec, shape, 5, 4, 6)
+    assert memory.base.nbytes == 5 * spec.page_bytes(shape)
+    assert memory.recent.nbytes == 4 * spec.fine.page_bytes(shape)
+    assert memory.scratch.nbytes * 3 == 6 * spec.fine.page_bytes(shape)
