@@ -31,7 +31,7 @@ PROMPTS = [
     "Why is the sky blue?",
     "Hi!",
     "Qu'est-ce que la photosynthèse ?",
-    "日本の首都はどこですか？",
+    "日本の首都はどこですか。",
     'Return JSON with the keys "name" and "age" for a fictional person.',
     "Summarize: The quick brown fox jumps over the lazy dog. " * 8,
     "Tell me a story that begins with: Once upon a time, in a small village,",
