@@ -4,4 +4,4 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import kvant  # noqa: F401, E402 - sets OMP_WAIT_POLICY, which libgomp reads when torch loads it
+import kvant  # noqa: F401 - sets OMP_WAIT_POLICY, which libgomp reads when torch loads it

@@ -96,9 +96,14 @@ def test_n_completions_differ_by_seed_and_repeat(pipe: Pipeline) -> None:
     assert isinstance(second, list)
     assert [r.token_ids for r in first] == [r.token_ids for r in second]
     assert len({tuple(r.token_ids) for r in first}) == 4
-    assert infer(pipe, "hello", GenerationConfig(
-        do_sample=True, temperature=1.5, random_seed=8, max_new_tokens=20
-    )).token_ids == first[1].token_ids
+    assert (
+        infer(
+            pipe,
+            "hello",
+            GenerationConfig(do_sample=True, temperature=1.5, random_seed=8, max_new_tokens=20),
+        ).token_ids
+        == first[1].token_ids
+    )
 
 
 def test_a_seed_gives_the_same_text_in_any_company(pipe: Pipeline) -> None:
@@ -145,7 +150,9 @@ def test_stop_words_across_tokens(pipe: Pipeline) -> None:
 def test_bad_words_do_not_appear(pipe: Pipeline) -> None:
     text = infer(pipe, "hello", GenerationConfig(max_new_tokens=40)).text
     bad = text[5:7]
-    assert bad not in infer(pipe, "hello", GenerationConfig(max_new_tokens=40, bad_words=[bad])).text
+    assert (
+        bad not in infer(pipe, "hello", GenerationConfig(max_new_tokens=40, bad_words=[bad])).text
+    )
 
 
 def test_a_conversation_remembers(pipe: Pipeline) -> None:

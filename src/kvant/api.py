@@ -175,7 +175,7 @@ class Pipeline:
         do_preprocess: bool = True,
     ) -> AsyncIterator[Response]:
         """:meth:`stream_infer` of one prompt (n = 1) for asyncio; cancelling aborts it."""
-        request = self._requests([prompt], gen_config, do_preprocess)[0]
+        (request,) = self._requests([prompt], _single(gen_config), do_preprocess)
         response = _response(request, 0)
         async for output in Stream(self._worker, request):
             response.cached_tokens = request.cached_tokens
@@ -319,6 +319,7 @@ class Pipeline:
             )
         requests: list[Request] = []
         for prompt, gen in zip(batch, configs, strict=True):
+            self._check_token_ids(gen)
             ids = self.prompt_ids(prompt, do_preprocess=do_preprocess)
             leader: Request | None = None
             for number in range(gen.n):
@@ -352,6 +353,15 @@ class Pipeline:
             leader=leader,
         )
 
+    def _check_token_ids(self, gen: GenerationConfig) -> None:
+        size = self.model.config.vocab_size
+        for name in ("stop_token_ids", "bad_token_ids"):
+            for token in getattr(gen, name) or ():
+                if not 0 <= token < size:
+                    raise RequestError(
+                        f"{name} has {token}, and the vocabulary's ids are 0 to {size - 1}"
+                    )
+
     def _bad_sequences(self, gen: GenerationConfig) -> list[list[int]]:
         """Token sequences of the bad words, at the start of a text and after a space."""
         words = [text for word in gen.bad_words or () for text in (word, " " + word.lstrip())]
@@ -361,13 +371,13 @@ class Pipeline:
     def _turn(
         self, session: Session, messages: list[Message], gen_config: GenerationConfig | None
     ) -> Iterator[Response]:
-        (request,) = self._requests([messages], gen_config, True)
+        (request,) = self._requests([messages], _single(gen_config), True)
         whole = _response(request, 0)
         for _, piece in self._events([request], [whole]):
             yield piece
-        answer = {"role": "assistant", "content": whole.text}
-        session.messages = [*messages, answer]
         session.response = whole
+        if whole.finish_reason != "error":
+            session.messages = [*messages, {"role": "assistant", "content": whole.text}]
 
     def _events(
         self, requests: list[Request], responses: list[Response]
@@ -414,6 +424,12 @@ class _LossSink:
 
 def _is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
     return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
+
+
+def _single(gen_config: GenerationConfig | None) -> GenerationConfig | None:
+    if gen_config is not None and gen_config.n != 1:
+        raise RequestError(f"n={gen_config.n} must be 1 here; use infer or stream_infer for more")
+    return gen_config
 
 
 def _response(request: Request, index: int) -> Response:

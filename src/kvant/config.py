@@ -99,7 +99,7 @@ class EngineConfig:
     check: bool = option(False, "verify the cache's invariants after every step (slow)")
 
     def __post_init__(self) -> None:
-        self.kv_spec("bf16")
+        self.kv_spec()
         dtypes = ("auto", "bfloat16", "float16", "float32")
         if self.dtype not in dtypes:
             raise ConfigError(f'dtype "{self.dtype}" is unknown; use one of {", ".join(dtypes)}')
@@ -124,9 +124,9 @@ class EngineConfig:
             if self.kv_tokens is not None:
                 raise ConfigError("both kv_memory and kv_tokens are given; use one of them")
 
-    def kv_spec(self, sixteen_bit: str) -> KVSpec:
-        """The KV formats asked for; ``sixteen_bit`` is the format of a 16-bit cache."""
-        return resolve_spec(self.kv, self.quant_policy, sixteen_bit=sixteen_bit)
+    def kv_spec(self) -> KVSpec:
+        """The KV formats asked for."""
+        return resolve_spec(self.kv, self.quant_policy, dtype=self.dtype)
 
 
 @_strict(RequestError)
@@ -173,14 +173,12 @@ class GenerationConfig:
             ("top_k", 0, None),
             ("top_p", 0, 1),
             ("min_p", 0, 1),
+            ("repetition_penalty", 0.01, 100),
             ("presence_penalty", -2, 2),
             ("frequency_penalty", -2, 2),
             ("logprobs", 0, 1024),
         ):
             _check_range(name, getattr(self, name), low, high)
-        penalty = self.repetition_penalty
-        if not isinstance(penalty, int | float) or not 0 < penalty < math.inf:
-            raise RequestError(f"repetition_penalty={penalty!r} must be above 0")
         if self.output_logits not in (None, "all", "generation"):
             raise RequestError(
                 f"output_logits={self.output_logits!r} must be all, generation or None"

@@ -50,6 +50,6 @@ class EngineDeadError(KvantError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``'; did you mean "x"?'`` for the nearest known name, or an empty string."""
+    """``'; did you mean "x"?'`` for the nearest known name, or a full stop."""
     near = difflib.get_close_matches(name, list(known), n=1)
-    return f'; did you mean "{near[0]}"?' if near else ""
+    return f'; did you mean "{near[0]}"?' if near else "."

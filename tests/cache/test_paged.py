@@ -261,7 +261,6 @@ class RecentPartMachine(PagedCacheMachine):
 
 for _machine in (PagedCacheMachine, RecentPartMachine):
     _machine.TestCase.settings = settings(
-        deadline=None,
         max_examples=150,
         stateful_step_count=40,
         phases=[phase for phase in Phase if phase is not Phase.explain],
@@ -327,6 +326,7 @@ def test_an_open_page_is_copied_for_all_writers_but_the_last(num_recent: int) ->
     sim.check()
 
 
+# OPEN BUG in paged.py when this was written, TestPlain finds it too (delete this with the fix).
 def test_a_page_that_can_be_found_is_copied_before_a_fork_writes_into_it() -> None:
     """A fork inside a full page, whose other holder ends before the fork's first step, is its
     only holder; but the page is still found by the hash of what the parent wrote."""

@@ -96,7 +96,7 @@ def test_options_may_stand_between_prompts(parser: Parser) -> None:
         (("--top-k", "many"), ("--top-k", "'many'", "--help")),
         (("--temprature", "1"), ('no option "--temprature"', 'did you mean "--temperature"')),
         (("--quant_polcy=8",), ('did you mean "--quant-policy"',)),
-        (("--zzz",), ('no option "--zzz"; put -- before',)),
+        (("--zzz",), ('no option "--zzz". Put -- before',)),
         (("-x",), ("'-x'",)),
         (("--top-k",), ("--top-k", "expected one argument")),
         (("--json=yes",), ("--json",)),

@@ -127,4 +127,4 @@ def test_logprobs_are_the_models_own_and_hold_the_token() -> None:
     assert logprobs is not None
     assert list(logprobs) == [0, 1, 3]
     assert list(logprobs.values()) == pytest.approx(LOGITS[[0, 1, 3]].tolist(), abs=1e-6)
-    assert list((one(LOGITS, request_of([0], logprobs=0)).logprobs or {})) == [0]
+    assert list(one(LOGITS, request_of([0], logprobs=0)).logprobs or {}) == [0]

@@ -110,7 +110,7 @@ def _in_range(draw: st.DrawFn, levels: int) -> F32:
 
 @unrotated
 @given(data=st.data())
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_error_is_at_most_half_a_step_for_any_vector_in_range(
     fmt: Affine, data: st.DataObject
 ) -> None:
@@ -122,7 +122,7 @@ def test_error_is_at_most_half_a_step_for_any_vector_in_range(
 @example(x=np.full(8, -3e38, np.float32))
 @example(x=np.array([-1e30, 1e30] * 4, np.float32))
 @example(x=np.full(8, 3e38, np.float32))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_beyond_float16_metadata_the_nearest_value_in_reach_is_stored(fmt: Affine, x: F32) -> None:
     """Held down: a scale or zero that overflows to Inf and makes the whole vector NaN."""
     _, zero, _ = fmt.quantize(x)
@@ -130,6 +130,7 @@ def test_beyond_float16_metadata_the_nearest_value_in_reach_is_stored(fmt: Affin
     _assert_bound(fmt, x, np.clip(x.astype(np.float64), -F16_MAX, top))
 
 
+# OPEN BUG in affine.py when this was written (delete this line with the fix).
 @unrotated
 def test_a_scale_is_never_negative(fmt: Affine) -> None:
     """A vector that is below the lowest zero as a whole is held by the zero alone. Held down: a
@@ -150,7 +151,7 @@ _ANY_ELEMENT = st.one_of(
 
 @unrotated
 @given(x=arrays(np.float32, (2, 8), elements=_ANY_ELEMENT))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_every_bit_is_that_of_exact_arithmetic_with_the_roundings_spelled_out(
     fmt: Affine, x: F32
 ) -> None:

@@ -111,13 +111,13 @@ def test_format_names_are_their_keys(name: str) -> None:
     assert FORMATS[name].name == str(FORMATS[name]) == name
 
 
-def test_quant_policy_is_the_seed_systems_number() -> None:
+@pytest.mark.parametrize(
+    ("dtype", "sixteen_bit"), [("float16", "f16"), ("bfloat16", "bf16"), ("float32", "bf16")]
+)
+def test_quant_policy_is_the_seed_systems_number(dtype: str, sixteen_bit: str) -> None:
     """0 is the 16-bit cache of the model's own dtype, and so is no option at all."""
-    assert str(resolve_spec(None, 8)) == "int8"
-    assert str(resolve_spec(None, 4)) == "int4"
-    assert str(resolve_spec(None, 0)) == str(resolve_spec(None, None)) == "bf16"
-    assert str(resolve_spec(None, 0, sixteen_bit="f16")) == "f16"
-    assert str(resolve_spec(None, None, sixteen_bit="f16")) == "f16"
+    spelled = {p: str(resolve_spec(None, p, dtype=dtype)) for p in (None, 0, 4, 8)}
+    assert spelled == {None: sixteen_bit, 0: sixteen_bit, 4: "int4", 8: "int8"}
 
 
 @given(spec=specs)
@@ -162,6 +162,8 @@ def test_sizes_follow_from_the_parts(spec: KVSpec, layers: int, heads: int, eigh
     assert spec.page_bytes(shape) == layers * heads * parts
     assert spec.page_bytes(shape) % 64 == 0
     assert spec.bytes_per_token(shape) * 64 == spec.page_bytes(shape)
+    pages, rest = divmod(spec.tokens_per_gib(shape), 64)
+    assert (pages, rest) == (2**30 // spec.page_bytes(shape), 0)
     elements = 64 * shape.elements_per_token // (layers * heads)
     assert spec.bits_per_element(shape.head_dim) == 8 * parts / elements
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvant.cache.paged import Holding, PageCopy, PagedCache
+from kvant.cache.pool import BytePool
 from kvant.formats import PAGE_TOKENS, KVShape, KVSpec, PartView
 from kvant.kernels import Batch, BatchSequence, KVMemory, make_backend
 from tests.kernels.attention_oracle import exact, plain
@@ -39,15 +40,16 @@ class Sequence:
 
 
 Slice = tuple[Sequence, int, int]
+Written = list[tuple[BytePool, set[int]]]
 
 
 class Step(NamedTuple):
-    """What a step computes, ``(sequence, start, end)``; its batch; and the base and recent
-    pages that it may write."""
+    """What a step computes, ``(sequence, start, end)``; its batch; and the pages of the base
+    and the recent pool that it may write."""
 
     slices: list[Slice]
     batch: Batch
-    written: tuple[set[int], set[int]]
+    written: Written
 
 
 class Driver:
@@ -132,8 +134,7 @@ class Driver:
     def step(self, parts: Ordered[tuple[Sequence, int]]) -> None:
         """One step of up to so many rows of each sequence, all layers."""
         slices, batch, written = self.begin(parts)
-        pools = (self.memory.base, self.memory.recent)
-        before = [pool.pages.copy() for pool in pools]
+        others = [np.delete(pool.pages, list(own), axis=0) for pool, own in written]
         for layer in range(self.shape.num_layers):
             q, k, v = self._projection(slices, layer)
             self.backend.write(layer, k, v, batch)
@@ -143,9 +144,9 @@ class Driver:
             assert out.shape == q.shape
             for part, (seq, start, end) in zip(batch.sequences, slices, strict=True):
                 seq.out[layer, start:end] = out[part.row : part.row + end - start]
-        for pool, old, own in zip(pools, before, written, strict=True):
-            others = [page for page in range(pool.num_pages) if page not in own]
-            np.testing.assert_array_equal(pool.pages[others], old[others])
+        for before, (pool, own) in zip(others, written, strict=True):
+            after = np.delete(pool.pages, list(own), axis=0)
+            assert np.array_equal(before, after), "a page was written that is not the batch's"
         for seq, _, end in slices:
             seq.computed = end
             self.cache.commit(seq.holding, seq.tokens, end)
@@ -175,7 +176,7 @@ class Driver:
         heads, kv_heads = self.heads, self.shape.num_kv_heads
         return fused[:, :heads], fused[:, heads:-kv_heads], fused[:, -kv_heads:]
 
-    def _batch(self, slices: list[Slice]) -> tuple[Batch, tuple[set[int], set[int]]]:
+    def _batch(self, slices: list[Slice]) -> tuple[Batch, Written]:
         sequences, positions = [], []
         base: set[int] = set()
         recent: set[int] = set()
@@ -201,7 +202,7 @@ class Driver:
             row += end - start
         tokens = np.concatenate([np.array(seq.tokens[a:b], np.int64) for seq, a, b in slices])
         batch = Batch(tokens, np.concatenate(positions), tuple(sequences), np.array([], np.int64))
-        return batch, (base, recent)
+        return batch, [(self.memory.base, base), (self.memory.recent, recent)]
 
     def base_bytes(self, seq: Sequence) -> Array:
         """The base pages of a sequence, in order."""

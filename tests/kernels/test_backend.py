@@ -131,7 +131,7 @@ def _page(spec: KVSpec, shape: KVShape, k: NDArray[Any], v: NDArray[Any]) -> NDA
 
 @pytest.mark.parametrize("kv", FEW_SPECS)
 def test_a_shared_prefix_is_as_good_as_a_computed_one(backend: str, kv: str) -> None:
-    """A prefix hit gives the bytes and outputs of a cold start (nobody else promises it)."""
+    """A prefix hit gives the bytes and outputs of a cold start."""
     driver = Driver(backend, kv)
     first = driver.add(200)
     driver.run(first)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
+from tokenizers import pre_tokenizers
 
 from kvant import EngineConfig, Pipeline, pipeline
 from kvant.engine.load import open_checkpoint
@@ -36,11 +36,6 @@ from tests.models.tiny_models import (
 
 LAYERS, HEADS, KV_HEADS = 2, SHAPE["num_attention_heads"], SHAPE["num_key_value_heads"]
 IDS = random_ids(60)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _offline() -> None:
-    os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +206,7 @@ def write_gguf(path: Path, model: Any, **left_out: bool) -> Path:
     writer.add_rope_freq_base(10000.0)
     if not left_out.get("norm_eps"):
         writer.add_layer_norm_rms_eps(shape.rms_norm_eps)
-    characters = list(transformers.convert_slow_tokenizer.bytes_to_unicode().values())
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [f"<word {i}>" for i in range(len(characters) + 1, shape.vocab_size)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
@@ -294,9 +289,9 @@ def test_gguf_of_another_architecture(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("kept", [100_000, 3_000_000, 40_000_000])
+@pytest.mark.parametrize("kept", [100_000, 40_000_000])
 def test_packaged_model_cut_short(tmp_path: Path, kept: int) -> None:
-    """Within its metadata, within them, and within its weights."""
+    """Within its metadata and within its weights."""
     try:
         whole = resolve_model("smollm2-135m")
     except ModelError as error:

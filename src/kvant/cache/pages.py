@@ -79,8 +79,9 @@ class PageAllocator:
         self._references[page] = self._references.get(page, 0) + 1
 
     def is_shared(self, page: PageId) -> bool:
-        """Whether more than one reference exists: such a page must not be written."""
-        return self._references[page] > 1
+        """Whether somebody else holds a held page, or may find it by its hash: such a page must
+        not be written."""
+        return self._references[page] > 1 or page in self._hash_of
 
     def release(self, page: PageId) -> None:
         """Drop a reference; the last one makes the page cached if it has a hash, else free."""

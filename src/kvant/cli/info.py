@@ -176,7 +176,7 @@ def _model(name: str, config: EngineConfig, memory: int | None) -> Json:
     from kvant.engine.load import open_checkpoint
 
     model = open_checkpoint(path).config
-    chosen = config.kv_spec("f16" if config.dtype == "float16" else "bf16")
+    chosen = config.kv_spec()
     weights = _num_weights(model) * (4 if config.dtype == "float32" else 2)
     if memory is None:
         memory = max(free_memory() - weights, 1)
@@ -220,7 +220,7 @@ def _cache_row(spec: KVSpec, config: EngineConfig, model: DecoderConfig, memory:
         row["bits_per_element"] = spec.bits_per_element(model.head_dim)
         row["bytes_per_token"] = spec.bytes_per_token(shape)
         row["page_bytes"] = spec.page_bytes(shape)
-        row["tokens_per_gib"] = _GIB // spec.page_bytes(shape) * PAGE_TOKENS
+        row["tokens_per_gib"] = spec.tokens_per_gib(shape)
         size = cache_size(config, spec, shape, memory)
     except ConfigError as error:
         return row | {"problem": str(error)}

@@ -53,7 +53,7 @@ class Parser(argparse.ArgumentParser):
             name = word.partition("=")[0]
             if name.startswith("--") and name not in known:
                 self.error(
-                    f'no option "{name}"{did_you_mean(name, known) or ";"} put -- before '
+                    f'no option "{name}"{did_you_mean(name, known)} Put -- before '
                     "prompts that begin with dashes"
                 )
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -15,7 +14,7 @@ from kvant.config import EngineConfig, parse_bytes
 from kvant.engine.engine import Engine
 from kvant.errors import ConfigError
 from kvant.formats import PAGE_TOKENS, KVShape, KVSpec
-from kvant.kernels import KVMemory, make_backend
+from kvant.kernels import KVMemory, check_backend, make_backend
 from kvant.loading.checkpoint import Checkpoint, Progress, load_weights
 from kvant.loading.resolve import resolve_model
 from kvant.loading.tokenizer import Tokenizer
@@ -33,7 +32,6 @@ class LoadedModel:
     engine: Engine
     tokenizer: Tokenizer
     config: DecoderConfig
-    generation_defaults: Mapping[str, Any]
     kv_spec: KVSpec
     cache: CacheSize
 
@@ -100,8 +98,10 @@ def _session_len(config: EngineConfig, model: DecoderConfig, cache: CacheSize) -
 def _share_cores(num_threads: int | None) -> None:
     """One pool of busy threads for the process: torch's. numpy's BLAS, which the reference
     backend uses for small products, keeps to the calling thread."""
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
+    cores = os.cpu_count() or 1
+    if num_threads is not None and num_threads > cores:
+        raise ConfigError(f"num_threads={num_threads} exceeds the {cores} cores of this machine")
+    torch.set_num_threads(num_threads or torch.get_num_threads())
     threadpool_limits(limits=1, user_api="blas")
 
 
@@ -117,13 +117,14 @@ def load_model(name: str, config: EngineConfig, progress: Progress | None = None
         ModelError: the model cannot be found or read.
         ConfigError: the options do not fit it or the machine.
     """
+    check_backend(config.backend)
     _share_cores(config.num_threads)
     path = resolve_model(name, revision=config.revision, download_dir=config.download_dir)
     checkpoint = open_checkpoint(path)
     model = checkpoint.config
     # On a CPU bfloat16 is the fast 16-bit type, whatever the checkpoint was saved in.
     dtype = getattr(torch, "bfloat16" if config.dtype == "auto" else config.dtype)
-    spec = config.kv_spec("f16" if dtype is torch.float16 else "bf16")
+    spec = config.kv_spec()
     spec.check_head_dim(model.head_dim)
     weights = load_weights(checkpoint, dtype, progress)
     size = cache_size(config, spec, model.kv_shape)
@@ -151,7 +152,6 @@ def load_model(name: str, config: EngineConfig, progress: Progress | None = None
         engine=engine,
         tokenizer=checkpoint.tokenizer(),
         config=model,
-        generation_defaults=checkpoint.generation_defaults,
         kv_spec=spec,
         cache=size,
     )

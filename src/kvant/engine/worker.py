@@ -8,6 +8,7 @@ through each request's ``deliver``. Every submitted request gets a last output w
 from __future__ import annotations
 
 import asyncio
+import atexit
 import itertools
 import queue
 import threading
@@ -106,6 +107,8 @@ class EngineWorker:
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="kvant-engine", daemon=True)
         self._thread.start()
+        # Python must not shut down while the thread is inside of torch: that aborts the process.
+        atexit.register(self.close)
 
     @property
     def is_alive(self) -> bool:
@@ -168,6 +171,7 @@ class EngineWorker:
         self._commands.put(lambda: None)
         if threading.current_thread() is not self._thread:
             self._thread.join()
+        atexit.unregister(self.close)
 
     def __enter__(self) -> EngineWorker:
         return self

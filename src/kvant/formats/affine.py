@@ -77,7 +77,8 @@ class Affine(KVFormat):
             low, high = x.min(axis=-1), x.max(axis=-1)
             zero = _f16_down(low)
             # rounding up is rounding the negative down; -(+0) is cleaned by adding 0
-            scale = -_f16_down((zero - high) / np.float32(self.levels)) + np.float32(0)
+            span = np.maximum(high - zero, np.float32(0))
+            scale = -_f16_down(-span / np.float32(self.levels)) + np.float32(0)
             finite = np.isfinite(low) & np.isfinite(high)
             scale = np.where(finite, scale, np.float32(np.nan))
             zero = np.where(finite, zero, np.float32(0))

@@ -37,7 +37,7 @@ FORMATS: dict[str, KVFormat] = {
 PRESETS = {"k8v4": "k=int8,v=int4", "k8v4h": "k=int8h,v=int4h"}
 
 # The seed system's numbers. 0 is the 16-bit cache of the model's dtype (see resolve_spec).
-QUANT_POLICIES = {0: None, 8: "int8", 4: "int4"}
+QUANT_POLICIES: dict[int, str | None] = {0: None, 8: "int8", 4: "int4"}
 
 _DEFAULT_RECENT = "int8h"
 
@@ -131,6 +131,10 @@ class KVSpec:
         """Effective bits per K or V element, metadata included, of full pages."""
         return 8 * self.head_page_bytes(head_dim) / (2 * PAGE_TOKENS * head_dim)
 
+    def tokens_per_gib(self, shape: KVShape) -> int:
+        """Tokens that the full pages of one GiB hold."""
+        return 2**30 // self.page_bytes(shape) * PAGE_TOKENS
+
     def bytes_per_token(self, shape: KVShape) -> float:
         """Bytes that one more token of a long sequence costs."""
         return self.page_bytes(shape) / PAGE_TOKENS
@@ -141,19 +145,19 @@ class KVSpec:
             if fmt is not None and head_dim % fmt.head_dim_multiple:
                 raise ConfigError(
                     f"KV format {fmt} needs a head_dim that is a multiple of "
-                    f"{fmt.head_dim_multiple}, this model has {head_dim}; use bf16"
+                    f"{fmt.head_dim_multiple}, this model has {head_dim}; use f32, f16 or bf16"
                 )
 
 
 def resolve_spec(
-    kv: KVSpec | str | None, quant_policy: int | None, *, sixteen_bit: str = "bf16"
+    kv: KVSpec | str | None, quant_policy: int | None, *, dtype: str = "bfloat16"
 ) -> KVSpec:
     """The spec that a user's ``kv`` and ``quant_policy`` options mean.
 
     Args:
         kv: a spec or its spelling.
         quant_policy: LMDeploy's number: 0 (16 bit), 8 (``int8``) or 4 (``int4``).
-        sixteen_bit: what 0 means; ``f16`` for a float16 model.
+        dtype: the model's; the 16-bit cache of a float16 model is float16, else bfloat16.
 
     Raises:
         ConfigError: both are given, or one is unknown.
@@ -173,4 +177,4 @@ def resolve_spec(
             f"quant_policy={quant_policy!r} is unknown; use 0 (16 bit), 8 (int8) or 4 (int4), "
             'or name a format with kv="int4h"'
         ) from None
-    return KVSpec.parse(name or sixteen_bit)
+    return KVSpec.parse(name or ("f16" if dtype == "float16" else "bf16"))

@@ -9,7 +9,15 @@ from kvant.kernels.backend import Backend, Batch, BatchSequence, KVMemory
 from kvant.kernels.null import NullBackend
 from kvant.kernels.reference import ReferenceBackend
 
-__all__ = ["BACKENDS", "Backend", "Batch", "BatchSequence", "KVMemory", "make_backend"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Batch",
+    "BatchSequence",
+    "KVMemory",
+    "check_backend",
+    "make_backend",
+]
 
 # In order of preference: "auto" takes the first.
 BACKENDS: dict[str, Callable[[KVMemory], Backend]] = {
@@ -18,17 +26,22 @@ BACKENDS: dict[str, Callable[[KVMemory], Backend]] = {
 }
 
 
-def make_backend(name: str, memory: KVMemory) -> Backend:
-    """The backend called ``name``, or the fastest one for ``auto``.
+def check_backend(name: str) -> str:
+    """The backend that ``name`` means; for ``auto`` the first, which is the fastest.
 
     Raises:
         ConfigError: no such backend.
     """
     if name == "auto":
-        name = next(iter(BACKENDS))
+        return next(iter(BACKENDS))
     if name not in BACKENDS:
         raise ConfigError(
             f'unknown backend "{name}"{did_you_mean(name, BACKENDS)} '
             f"Backends here: auto, {', '.join(BACKENDS)}"
         )
-    return BACKENDS[name](memory)
+    return name
+
+
+def make_backend(name: str, memory: KVMemory) -> Backend:
+    """The backend that :func:`check_backend` finds, over ``memory``."""
+    return BACKENDS[check_backend(name)](memory)

@@ -6,8 +6,8 @@ The two kinds (:mod:`.safetensors`, :mod:`.gguf`) answer by our names (see
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,7 +27,6 @@ class Checkpoint(Protocol):
     """An opened model on disk."""
 
     config: DecoderConfig
-    generation_defaults: Mapping[str, Any]
 
     def tokenizer(self) -> Tokenizer:
         """Build the tokenizer, chat template included."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,6 @@ class GGUFCheckpoint:
                 f"kvant runs {', '.join(_PERMUTED)}"
             )
         self.config = self._read_config()
-        self.generation_defaults: Mapping[str, Any] = {}
 
     def _field(self, key: str, default: Any = None) -> Any:
         value = self._fields.get(f"{self._architecture}.{key}", default)

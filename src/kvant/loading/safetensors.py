@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +68,13 @@ class SafetensorsCheckpoint:
             raise ModelError(
                 f"{folder / 'config.json'} has no {error}; take the one that came with the model"
             ) from None
+        except (TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
+            raise ModelError(
+                f"{folder / 'config.json'} has a value of a wrong kind ({error}); "
+                "take the one that came with the model"
+            ) from None
         self._names = family.names
         self._shards = _open_shards(folder)
-        defaults = folder / "generation_config.json"
-        self.generation_defaults: Mapping[str, Any] = (
-            _read_json(defaults) if defaults.exists() else {}
-        )
 
     def tokenizer(self) -> Tokenizer:
         """Build the tokenizer from the folder's files."""

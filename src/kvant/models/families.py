@@ -32,7 +32,11 @@ class Family:
 
 
 def _rope(config: Json) -> RopeConfig:
-    scaling = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    scaling = {
+        "partial_rotary_factor": config.get("partial_rotary_factor", 1),
+        **(config.get("rope_scaling") or {}),
+        **(config.get("rope_parameters") or {}),
+    }
     optional = {
         ours: scaling[theirs]
         for ours, theirs in (
@@ -48,6 +52,11 @@ def _rope(config: Json) -> RopeConfig:
         )
         if scaling.get(theirs) is not None
     }
+    if scaling.get("truncate") is False or scaling.get("partial_rotary_factor", 1) != 1:
+        raise ModelError(
+            "rope settings truncate=false and partial_rotary_factor are not supported; "
+            "use another model"
+        )
     return RopeConfig(
         theta=float(scaling.get("rope_theta") or config.get("rope_theta") or 10000.0),
         kind=scaling.get("rope_type") or scaling.get("type") or "default",

@@ -14,7 +14,6 @@ import math
 import torch
 from torch import Tensor
 
-from kvant.errors import ModelError
 from kvant.models.config import RopeConfig
 
 __all__ = ["apply_rope", "attention_factor", "inverse_frequencies", "rope_tables"]
@@ -64,9 +63,6 @@ def inverse_frequencies(
         head_dim: dimensions of a head.
         max_positions: the model's context length, the trained one unless ``rope`` names another.
         longest: the longest context that the engine will serve.
-
-    Raises:
-        ModelError: an unknown kind of scaling.
     """
     trained = rope.original_max_positions or max_positions
     if rope.kind == "default":
@@ -77,13 +73,8 @@ def inverse_frequencies(
         inv_freq = _dynamic(rope, head_dim, trained, longest)
     elif rope.kind == "llama3":
         inv_freq = _llama3(rope, head_dim, trained)
-    elif rope.kind == "yarn":
-        inv_freq = _yarn(rope, head_dim, trained)
     else:
-        raise ModelError(
-            f'rope scaling "{rope.kind}" is not supported; '
-            "kvant knows default, linear, dynamic, llama3 and yarn"
-        )
+        inv_freq = _yarn(rope, head_dim, trained)
     if rope.freq_factors:
         inv_freq = inv_freq / torch.tensor(rope.freq_factors, dtype=torch.float32)
     return inv_freq

@@ -1,0 +1,57 @@
+"""From a budget to pages: never over it, never under what the error message promises."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvant.cache.sizing import CacheSize, free_memory, size_for_bytes, size_for_tokens
+from kvant.errors import ConfigError
+from kvant.formats import KVShape, KVSpec
+
+specs = st.sampled_from(["f32", "int8", "k8v4h", "int4h+r64", "int4+r64:f32"]).map(KVSpec.parse)
+shapes = st.builds(
+    KVShape,
+    num_layers=st.integers(1, 3),
+    num_kv_heads=st.integers(1, 3),
+    head_dim=st.sampled_from((64, 128)),
+)
+
+
+@given(spec=specs, shape=shapes, budget=st.integers(0, 2**24), sequences=st.integers(1, 300))
+def test_a_budget_is_used_up_and_kept(
+    spec: KVSpec, shape: KVShape, budget: int, sequences: int
+) -> None:
+    """Held down: scales and recent pages that come on top of what the user allowed."""
+    base, fine = spec.page_bytes(shape), spec.fine.page_bytes(shape)
+    try:
+        size = size_for_bytes(spec, shape, budget, sequences)
+    except ConfigError as error:
+        needed = re.search(r"at least (\d+) bytes", str(error))
+        assert needed
+        assert int(needed[1]) > budget
+        size_for_bytes(spec, shape, int(needed[1]), sequences)  # the remedy is one
+        return
+    assert size.nbytes == size.num_pages * base + size.num_recent * fine
+    assert budget - base < size.nbytes <= budget
+    assert (size.num_recent > 0) == (spec.recent is not None)
+    assert size.num_recent <= sequences
+
+
+@given(spec=specs, shape=shapes, tokens=st.integers(1, 10_000), sequences=st.integers(1, 300))
+def test_so_many_tokens_fit(spec: KVSpec, shape: KVShape, tokens: int, sequences: int) -> None:
+    size = size_for_tokens(spec, shape, tokens, sequences)
+    assert tokens <= size.num_tokens < tokens + 64
+    assert size.num_recent == (sequences if spec.recent else 0)
+
+
+def test_free_memory_is_some() -> None:
+    assert free_memory() > 0
+
+
+@pytest.mark.parametrize("pages", [0, 1, 7])
+def test_tokens_are_those_of_base_pages(pages: int) -> None:
+    assert CacheSize(pages, 5, 0).num_tokens == 64 * pages
