@@ -326,7 +326,6 @@ def test_an_open_page_is_copied_for_all_writers_but_the_last(num_recent: int) ->
     sim.check()
 
 
-# OPEN BUG in paged.py when this was written, TestPlain finds it too (delete this with the fix).
 def test_a_page_that_can_be_found_is_copied_before_a_fork_writes_into_it() -> None:
     """A fork inside a full page, whose other holder ends before the fork's first step, is its
     only holder; but the page is still found by the hash of what the parent wrote."""

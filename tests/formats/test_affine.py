@@ -130,7 +130,6 @@ def test_beyond_float16_metadata_the_nearest_value_in_reach_is_stored(fmt: Affin
     _assert_bound(fmt, x, np.clip(x.astype(np.float64), -F16_MAX, top))
 
 
-# OPEN BUG in affine.py when this was written (delete this line with the fix).
 @unrotated
 def test_a_scale_is_never_negative(fmt: Affine) -> None:
     """A vector that is below the lowest zero as a whole is held by the zero alone. Held down: a

@@ -7,6 +7,8 @@ The two kinds (:mod:`.safetensors`, :mod:`.gguf`) answer by our names (see
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -40,6 +42,9 @@ class Checkpoint(Protocol):
         """Read our tensor ``name``; weights are [out, in]. Raises ModelError if it is missing
         or damaged."""
         ...
+
+
+_READERS = 4  # layers read at a time; decoding them runs mostly outside of Python's lock
 
 
 class _Reader:
@@ -119,10 +124,11 @@ def load_weights(
     reader = _Reader(checkpoint, dtype)
     embedding = reader.tensor("embedding.weight", None, config.vocab_size, config.hidden_size)
     layers = []
-    for layer in range(config.num_layers):
-        layers.append(_load_layer(reader, checkpoint, layer))
-        if progress:
-            progress(layer + 1, config.num_layers)
+    with ThreadPoolExecutor(_READERS) as pool:
+        for layer in pool.map(partial(_load_layer, reader, checkpoint), range(config.num_layers)):
+            layers.append(layer)
+            if progress:
+                progress(len(layers), config.num_layers)
     head = embedding
     if not config.tie_embeddings:
         head = reader.tensor("head.weight", None, config.vocab_size, config.hidden_size)

@@ -36,9 +36,23 @@ _NAMES = {
 }
 
 
+class _Reader(GGUFReader):
+    """A reader that slices a plain array: slicing a numpy.memmap, as the package does for each of
+    150,000 strings of a vocabulary, takes more than twice as long."""
+
+    @property
+    def data(self) -> Any:
+        """The file's bytes."""
+        return self._data
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        self._data = np.asarray(value)
+
+
 def _open(path: Path) -> GGUFReader:
     try:
-        return GGUFReader(path)
+        return _Reader(path)
     except (ValueError, IndexError, KeyError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(
