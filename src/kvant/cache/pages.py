@@ -33,8 +33,8 @@ def page_hash(parent: BlockHash | None, tokens: Sequence[int]) -> BlockHash:
 class PageAllocator:
     """Hands out pages ``0 .. num_pages - 1``.
 
-    Never-used pages go first and low numbers before high ones, so an idle pool costs no
-    resident memory; then cached pages, least recently used first.
+    Free pages go first, the last released before those never used and these by number, so that
+    little memory is touched; then cached pages, least recently used first.
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -106,7 +106,7 @@ class PageAllocator:
         return self._page_of.get(digest)
 
     def clear_cached(self) -> None:
-        """Make all cached pages free: nothing computed so far will be found again."""
+        """Make all cached pages free. Held pages that are registered can still be found."""
         for page in self._cached:
             self._forget(page)
             self._free.append(page)

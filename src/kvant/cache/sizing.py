@@ -59,7 +59,8 @@ def size_for_bytes(spec: KVSpec, shape: KVShape, budget: int, max_sequences: int
     """
     num_recent = 0
     if spec.recent is not None:
-        affordable = int(budget * _RECENT_SHARE) // spec.fine.page_bytes(shape)
+        most = min(int(budget * _RECENT_SHARE), budget - spec.page_bytes(shape))
+        affordable = most // spec.fine.page_bytes(shape)
         num_recent = min(max_sequences, max(1, affordable))
     rest = budget - num_recent * spec.fine.page_bytes(shape)
     num_pages = rest // spec.page_bytes(shape)

@@ -12,13 +12,14 @@ in [zero, zero + L * scale], so nothing is clipped and
 
     |x - x'| <= scale / 2        (plus float32 rounding of the division)
 
-for any x with min x >= -65504 and max x - min x <= L * 65504; outside that it saturates. This
-covers the cases in which other engines fail: a constant vector (scale 0 or tiny: the zero
-carries it, no division by zero), denormal ranges (scale is rounded up to 2^-24, never down to
-0), large offsets (the zero is below the minimum, not above it). float16 metadata with float32
-arithmetic is 1.3 to 1.8 times more accurate at 8 bits than the bfloat16 metadata of engines
-that keep it in the model's dtype. A vector with a NaN or an Inf gets scale = NaN and codes 0:
-it decodes to NaN as a whole, loudly, and no other token or head is touched.
+for any x with min x >= -65504 and max x - zero <= L * 65504; outside that it saturates (and the
+rotation of an h format overflows to NaN where components reach 1e37). This covers the cases in
+which other engines fail: a constant vector (scale 0 or tiny: the zero carries it, no division
+by zero), tiny ranges (scale is rounded up to at least 2^-24; ranges below float32's normal
+numbers count as 0), large offsets (the zero is below the minimum, not above it). float16
+metadata with float32 arithmetic is 1.3 to 1.8 times more accurate at 8 bits than the bfloat16
+metadata of engines that keep it in the model's dtype. A vector with a NaN or an Inf gets scale =
+NaN and codes 0: it decodes to NaN as a whole, loudly, and no other token or head is touched.
 
 Planes, in order: ``scale`` (float16), ``zero`` (float16), ``codes`` (bytes). At 8 bits column
 d is dimension d; at 4 bits the low nibble of column d is dimension d and the high nibble

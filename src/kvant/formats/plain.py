@@ -2,7 +2,7 @@
 
     f32    32 bits per element, exact
     f16    16 bits, round to nearest even, |x - x'| <= 2^-11 |x| + 2^-25; saturates at +-65504
-    bf16   16 bits, round to nearest even, |x - x'| <= 2^-8 |x|
+    bf16   16 bits, round to nearest even, |x - x'| <= 2^-8 |x| for normal x; overflows to Inf
 
 One plane, ``values [D]``. A NaN or Inf stays in its own element. They take the same path as
 the quantized formats: the 16-bit cache is not a special case anywhere.

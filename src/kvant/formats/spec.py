@@ -88,11 +88,11 @@ class KVSpec:
         Raises:
             ConfigError: the text names no format, naming the nearest one.
         """
-        pair, plus, tail = text.strip().partition("+")
+        pair, plus, tail = text.replace(" ", "").lower().partition("+")
         recent = None
         if plus:
-            size, _, fine = tail.partition(":")
-            if size != f"r{PAGE_TOKENS}":
+            size, colon, fine = tail.partition(":")
+            if size != f"r{PAGE_TOKENS}" or (colon and not fine):
                 raise ConfigError(
                     f'unknown recent group "+{tail}" in KV spec "{text}": groups are of '
                     f'{PAGE_TOKENS} tokens; write "{pair}+r{PAGE_TOKENS}" or '
@@ -102,10 +102,10 @@ class KVSpec:
         pair = PRESETS.get(pair, pair)
         if "=" not in pair:
             return cls(_format(pair), _format(pair), recent)
-        sides = dict(part.strip().partition("=")[::2] for part in pair.split(","))
+        sides = dict(part.partition("=")[::2] for part in pair.split(","))
         if set(sides) != {"k", "v"} or pair.count(",") != 1:
             raise ConfigError(f'KV spec "{text}" must name K and V once each: "k=int8h,v=int4h"')
-        return cls(_format(sides["k"].strip()), _format(sides["v"].strip()), recent)
+        return cls(_format(sides["k"]), _format(sides["v"]), recent)
 
     def __str__(self) -> str:
         pair = self.k.name if self.k == self.v else f"k={self.k},v={self.v}"
