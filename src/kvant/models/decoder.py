@@ -23,7 +23,7 @@ from kvant.models.config import DecoderConfig
 from kvant.models.rope import apply_rope, attention_factor, inverse_frequencies, rope_tables
 
 # Rows from which F.linear gives each row the same bits, whatever the number of rows.
-_MIN_ROWS = {torch.float32: 12, torch.bfloat16: 2, torch.float16: 12}
+_MIN_ROWS = {torch.float32: 12, torch.bfloat16: 2, torch.float16: 1}
 
 __all__ = ["Decoder", "DecoderWeights", "LayerWeights", "Linear"]
 
