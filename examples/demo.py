@@ -31,7 +31,8 @@ def main() -> int:
         assert isinstance(responses, list)
         console.rule(f"KV cache: {name}")
         for prompt, response in zip(PROMPTS, responses, strict=True):
-            console.print(f"[bold]> {prompt}[/bold]\n{response.text}\n", highlight=False)
+            console.print(f"> {prompt}", style="bold", markup=False, highlight=False)
+            console.print(f"{response.text}\n", markup=False, highlight=False)
         table.add_row(
             name,
             f"{model.kv_spec.bits_per_element(model.config.head_dim):.2f}",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import math
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -133,6 +135,39 @@ def test_logprobs_and_logits(pipe: Pipeline) -> None:
     assert np.array_equal(only.logits, response.logits[-5:])
 
 
+def test_logits_of_several_completions_are_whole(pipe: Pipeline) -> None:
+    """A sibling that shares the prompt's pages would have no logits for them."""
+    gen = GenerationConfig(n=2, max_new_tokens=3, output_logits="all")
+    responses = pipe("hello", gen)
+    assert isinstance(responses, list)
+    for response in responses:
+        assert response.logits is not None
+        assert len(response.logits) == response.input_token_len + 2
+    with pytest.raises(RequestError, match="is for infer"):
+        pipe.stream_infer("hello", gen)
+
+
+def test_failures_are_not_mistaken_for_a_perfect_score(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pipeline(folder, EngineConfig(kv_tokens=256)) as pipe:
+        with pytest.raises(RequestError, match="token id 99999"):
+            pipe.get_ppl([[1, 99999]])
+        assert pipe.get_ppl(np.array([1, 2, 3])) == pipe.get_ppl([1, 2, 3])
+        model: Any = pipe.model.engine._model
+        monkeypatch.setattr(model, "forward", lambda *_: 1 // 0)
+        with pytest.raises(kvant.KvantError, match="ZeroDivisionError"):
+            pipe.get_ppl([1, 2, 3])
+
+
+def test_a_forgotten_pipeline_gives_its_memory_back(folder: str) -> None:
+    pipe = pipeline(folder, EngineConfig(kv_tokens=256))
+    worker = weakref.ref(pipe._worker)
+    del pipe
+    gc.collect()
+    assert worker() is None
+
+
 def test_stop_words_across_tokens(pipe: Pipeline) -> None:
     text = infer(pipe, "hello", GenerationConfig(max_new_tokens=40)).text
     stop = text[10:14]
@@ -234,6 +269,8 @@ def test_a_closed_pipeline_says_so(folder: str) -> None:
         ({"bad_token_ids": ["a"]}, "bad_token_ids"),
         ({"min_new_tokens": 9, "max_new_tokens": 3}, "exceeds"),
         ({"output_logits": "some"}, "output_logits"),
+        ({"random_seed": "x"}, "random_seed='x' must be a whole number"),
+        ({"stop_words": 5}, "must be a list"),
         ({"max_tokens": 5}, 'did you mean "max_new_tokens"'),
     ],
 )
@@ -250,6 +287,8 @@ def test_generation_options_are_checked(options: dict[str, Any], words: str) -> 
         ({"quant_polcy": 8}, 'did you mean "quant_policy"'),
         ({"quant_policy": 8, "kv": "int8"}, "use one of them"),
         ({"quant_policy": 5}, "quant_policy=5 is unknown"),
+        ({"kv": 8}, "go to quant_policy"),
+        ({"max_batch_size": True}, "max_batch_size=True"),
         ({"kv": "int5"}, 'unknown KV format "int5"'),
         ({"dtype": "int8"}, "dtype"),
         ({"session_len": 0}, "session_len=0"),
@@ -290,6 +329,14 @@ def test_prompts_are_checked_before_anything_starts(pipe: Pipeline) -> None:
         pipe(["hello", "x" * 5000])
     with pytest.raises(RequestError, match="2 generation configs for 1"):
         pipe(["hello"], [SHORT, SHORT])
+    with pytest.raises(RequestError, match="must be a text"):
+        pipe(5)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="must be a text"):
+        pipe([5])  # type: ignore[list-item]
+    with pytest.raises(RequestError, match="must be a GenerationConfig"):
+        pipe(["hello"], [{"max_new_tokens": 3}])  # type: ignore[list-item]
+    with pytest.raises(RequestError, match="bad_token_ids has 300"):
+        pipe("hello", GenerationConfig(bad_token_ids=[300]))
     assert pipe([], SHORT) == []
 
 

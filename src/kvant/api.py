@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import secrets
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvant.config import EngineConfig, GenerationConfig
-from kvant.engine.text import TextStream
+from kvant.engine.text import CONTEXT_TOKENS, TextStream
 from kvant.engine.worker import EngineWorker, Stream
 from kvant.errors import ConfigError, KvantError, RequestError
 from kvant.loading.chat import ChatTemplate, as_messages
@@ -31,8 +32,6 @@ __all__ = ["Pipeline", "Prompt", "Response", "Session", "pipeline"]
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message]
 """A user's text, or a list of OpenAI-style messages."""
-
-_TAIL = 6  # prompt tokens that the detokenizer sees before the first generated one
 
 
 @dataclass(slots=True, kw_only=True)
@@ -62,7 +61,9 @@ class Response:
         self.token_ids.extend(output.token_ids)
         self.generate_token_len += len(output.token_ids)
         if output.logprobs:
-            self.logprobs = [*(self.logprobs or []), *output.logprobs]
+            if self.logprobs is None:
+                self.logprobs = []
+            self.logprobs.extend(output.logprobs)
         self.finish_reason, self.error_message = output.finish_reason, output.error
         return replace(
             self,
@@ -90,7 +91,9 @@ class _Logits:
         for offset, row in enumerate(logits):
             self._rows[start + offset] = row
 
-    def array(self) -> NDArray[np.float32]:
+    def array(self) -> NDArray[np.float32] | None:
+        if not self._rows:
+            return None
         return np.stack([self._rows[position] for position in sorted(self._rows)])
 
 
@@ -100,13 +103,17 @@ class Pipeline:
     def __init__(self, model: LoadedModel, *, chat_template: str | None = None) -> None:
         self.model = model
         self.tokenizer = model.tokenizer
-        self._worker = EngineWorker(model.engine)
         self._chat = self.tokenizer.chat
         if chat_template is not None:
             token = self.tokenizer.token_text
             bos = "" if self.tokenizer.bos_id is None else token(self.tokenizer.bos_id)
             eos = token(self.tokenizer.eos_ids[0]) if self.tokenizer.eos_ids else ""
             self._chat = ChatTemplate(chat_template, bos, eos)
+            self._chat.check()
+        self._worker = EngineWorker(model.engine)
+        # Who forgets to close a pipeline should not keep its memory. The thread and its worker
+        # know nothing of the pipeline, so it can be collected.
+        weakref.finalize(self, self._worker.close)
 
     def __call__(
         self,
@@ -141,7 +148,7 @@ class Pipeline:
 
         Raises:
             RequestError: a prompt is empty or too long; nothing was started then.
-            EngineDeadError: the engine failed or was closed.
+            EngineDeadError: the engine had failed or was closed before.
         """
         single = _is_single(prompts)
         requests = self._requests(prompts, gen_config, do_preprocess)
@@ -164,6 +171,7 @@ class Pipeline:
         """Like :meth:`infer`, giving each piece of text as it is made; ``index`` says whose.
         Leaving the iterator early aborts what still runs."""
         requests = self._requests(prompts, gen_config, do_preprocess)
+        _refuse_logits(requests)
         responses = [_response(request, index) for index, request in enumerate(requests)]
         return (piece for _, piece in self._events(requests, responses))
 
@@ -173,10 +181,14 @@ class Pipeline:
         gen_config: GenerationConfig | None = None,
         *,
         do_preprocess: bool = True,
+        whole: Response | None = None,
     ) -> AsyncIterator[Response]:
-        """:meth:`stream_infer` of one prompt (n = 1) for asyncio; cancelling aborts it."""
+        """:meth:`stream_infer` of one prompt (n = 1) for asyncio; cancelling aborts it. The
+        pieces add up in ``whole`` if it is given."""
         (request,) = self._requests([prompt], _single(gen_config), do_preprocess)
-        response = _response(request, 0)
+        _refuse_logits([request])
+        response = whole if whole is not None else Response()
+        response.input_token_len = request.num_prompt
         async for output in Stream(self._worker, request):
             response.cached_tokens = request.cached_tokens
             yield response._add(output)
@@ -190,15 +202,10 @@ class Pipeline:
     ) -> Response:
         """:meth:`infer` of one prompt (n = 1) for asyncio."""
         whole = Response()
-        async for piece in self.stream_infer_async(prompt, gen_config, do_preprocess=do_preprocess):
-            whole = replace(
-                piece,
-                text=whole.text + piece.text,
-                token_ids=whole.token_ids + piece.token_ids,
-                logprobs=(whole.logprobs or []) + piece.logprobs
-                if piece.logprobs
-                else whole.logprobs,
-            )
+        async for _ in self.stream_infer_async(
+            prompt, gen_config, do_preprocess=do_preprocess, whole=whole
+        ):
+            pass
         return whole
 
     def chat(
@@ -232,24 +239,22 @@ class Pipeline:
         Raises:
             RequestError: a sequence has fewer than two tokens or is too long.
         """
-        batch = cast(
-            "list[Sequence[int]]",
-            [input_ids] if input_ids and isinstance(input_ids[0], int) else input_ids,
-        )
+        single = len(input_ids) > 0 and np.ndim(input_ids[0]) == 0
+        batch = cast("list[Sequence[int]]", [input_ids] if single else input_ids)
         losses = [0.0] * len(batch)
         requests = []
-        for index, ids in enumerate(batch):
+        for index, sequence in enumerate(batch):
+            ids = np.asarray(sequence).tolist()
             if len(ids) < 2:
                 raise RequestError(f"sequence {index} has {len(ids)} tokens; get_ppl needs two")
             requests.append(self.score_request(ids, _LossSink(ids, losses, index)))
-        for _ in self._events(requests, [Response() for _ in requests]):
-            pass
+        self.run(requests)
         return losses
 
     def score_request(self, ids: Sequence[int], sink: LogitsSink) -> Request:
         """A request that generates nothing: ``sink(start, logits)`` receives the logits of every
         position. Run it with :meth:`run`."""
-        self.model.engine.validate(list(ids))
+        self.model.engine.validate(ids, generate=False)
         return Request(
             id=self._worker.new_id(),
             tokens=list(ids),
@@ -263,14 +268,14 @@ class Pipeline:
         """Run requests to their end.
 
         Raises:
-            KvantError: one of them failed.
+            KvantError: one of them failed or was aborted.
         """
         responses = [Response() for _ in requests]
         for _ in self._events(requests, responses):
             pass
         for response in responses:
-            if response.finish_reason == "error":
-                raise KvantError(str(response.error_message))
+            if response.finish_reason in ("error", "abort"):
+                raise KvantError(response.error_message or "the request was aborted")
 
     def close(self) -> None:
         """Abort what runs and stop the engine. Safe to repeat."""
@@ -288,6 +293,8 @@ class Pipeline:
         Raises:
             RequestError: the prompt is empty, malformed or too long.
         """
+        if not isinstance(prompt, str | Sequence):
+            raise RequestError(f"prompt {prompt!r} must be a text or a list of messages")
         if not prompt:
             raise RequestError("the prompt is empty; give at least one token")
         if self._chat is not None and (do_preprocess or not isinstance(prompt, str)):
@@ -311,7 +318,7 @@ class Pipeline:
         if gen_config is None or isinstance(gen_config, GenerationConfig):
             configs = [gen_config or GenerationConfig()] * len(batch)
         else:
-            configs = list(gen_config)
+            configs = list(gen_config)  # anything else is refused below
         if len(configs) != len(batch):
             raise RequestError(
                 f"{len(configs)} generation configs for {len(batch)} prompts; give one for all or "
@@ -319,6 +326,8 @@ class Pipeline:
             )
         requests: list[Request] = []
         for prompt, gen in zip(batch, configs, strict=True):
+            if not isinstance(gen, GenerationConfig):
+                raise RequestError(f"gen_config={gen!r} must be a GenerationConfig")
             self._check_token_ids(gen)
             ids = self.prompt_ids(prompt, do_preprocess=do_preprocess)
             leader: Request | None = None
@@ -332,7 +341,8 @@ class Pipeline:
         self, ids: list[int], gen: GenerationConfig, number: int, leader: Request | None
     ) -> Request:
         seed = secrets.randbits(63) if gen.random_seed is None else gen.random_seed + number
-        eos = () if gen.ignore_eos else self.tokenizer.eos_ids
+        size = self.model.config.vocab_size
+        eos = () if gen.ignore_eos else (i for i in self.tokenizer.eos_ids if i < size)
         return Request(
             id=self._worker.new_id(),
             tokens=list(ids),
@@ -344,7 +354,7 @@ class Pipeline:
             seed=seed & (2**64 - 1),
             text=TextStream(
                 self.tokenizer,
-                ids[-_TAIL:],
+                ids[-CONTEXT_TOKENS:],
                 tuple(gen.stop_words or ()),
                 gen.include_stop_str_in_output,
                 gen.skip_special_tokens,
@@ -366,7 +376,7 @@ class Pipeline:
         """Token sequences of the bad words, at the start of a text and after a space."""
         words = [text for word in gen.bad_words or () for text in (word, " " + word.lstrip())]
         found = [self.tokenizer.encode(word, add_special=False) for word in words]
-        return [ids for ids in found if ids]
+        return [ids for ids in found if ids and max(ids) < self.model.config.vocab_size]
 
     def _turn(
         self, session: Session, messages: list[Message], gen_config: GenerationConfig | None
@@ -422,7 +432,18 @@ class _LossSink:
         self._losses[self._index] = float(self._by_position.mean())
 
 
+def _refuse_logits(requests: list[Request]) -> None:
+    for request in requests:
+        if request.gen.output_logits:
+            raise RequestError(
+                f'output_logits="{request.gen.output_logits}" is for infer, which returns them; '
+                "a stream does not"
+            )
+
+
 def _is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
+    if not isinstance(prompts, str | Sequence):
+        raise RequestError(f"prompts={prompts!r} must be a text, messages or a list of either")
     return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
 
 
@@ -444,6 +465,8 @@ def pipeline(
     on_load: Callable[[int, int], None] | None = None,
 ) -> Pipeline:
     """Load a model and return a :class:`Pipeline`.
+
+    torch's threads are the process's pool: numpy's BLAS is limited to one thread from then on.
 
     Args:
         model_path: a local folder or GGUF file, a packaged model (``smollm2-135m``) or a hub name.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -111,7 +111,7 @@ class EngineConfig:
             "num_threads",
         ):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (type(value) is not int or value < 1):
                 raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
         share = self.cache_max_entry_count
         if not isinstance(share, int | float) or not 0 < share < 1:
@@ -157,7 +157,9 @@ class GenerationConfig:
     ignore_eos: bool = option(False, "go on after an end token")
     stop_words: Sequence[str] | None = option(None, "strings that end the text")
     stop_token_ids: Sequence[int] | None = option(None, "tokens that end the text")
-    bad_words: Sequence[str] | None = option(None, "strings never to generate")
+    bad_words: Sequence[str] | None = option(
+        None, "words whose token sequences, at the start of a text and after a space, are banned"
+    )
     bad_token_ids: Sequence[int] | None = option(None, "tokens never to generate")
     skip_special_tokens: bool = option(True, "leave special tokens out of the text")
     include_stop_str_in_output: bool = option(False, "keep the stop word in the text")
@@ -179,6 +181,8 @@ class GenerationConfig:
             ("logprobs", 0, 1024),
         ):
             _check_range(name, getattr(self, name), low, high)
+        if self.random_seed is not None and type(self.random_seed) is not int:
+            raise RequestError(f"random_seed={self.random_seed!r} must be a whole number")
         if self.output_logits not in (None, "all", "generation"):
             raise RequestError(
                 f"output_logits={self.output_logits!r} must be all, generation or None"
@@ -213,5 +217,6 @@ def _check_range(name: str, value: Any, low: float, high: float | None) -> None:
 def _check_list(name: str, values: Any, kind: type) -> None:
     if values is None:
         return
-    if isinstance(values, str) or not all(isinstance(v, kind) and v != "" for v in values):
+    wrong = isinstance(values, str) or not isinstance(values, Iterable)
+    if wrong or not all(isinstance(v, kind) and v != "" for v in values):
         raise RequestError(f"{name}={values!r} must be a list of non-empty {kind.__name__}s")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -77,6 +78,21 @@ class Request:
     holding: Holding = field(default_factory=Holding)
     cached_tokens: int = 0
     num_preemptions: int = 0
+
+    counts: Counter[int] = field(init=False)
+    """How often each token was generated."""
+    seen: set[int] = field(init=False)
+    """Tokens of prompt and output."""
+
+    def __post_init__(self) -> None:
+        self.counts = Counter(self.tokens[self.num_prompt :])
+        self.seen = set(self.tokens)
+
+    def append(self, token: int) -> None:
+        """Add a generated token."""
+        self.tokens.append(token)
+        self.counts[token] += 1
+        self.seen.add(token)
 
     @property
     def num_generated(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -132,7 +133,13 @@ def start(*words: str, **streams: int | IO[bytes]) -> subprocess.Popen[bytes]:
     env = os.environ | {"PYTHONPATH": str(Path(kvant.__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
     env.pop("KVANT_DEBUG", None)
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, "-m", "kvant", *words], env=env, **(pipes | streams))
+    return subprocess.Popen(
+        [sys.executable, "-m", "kvant", *words],
+        env=env,
+        # A test run in the background of a script has SIGINT ignored, which children inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **(pipes | streams),
+    )
 
 
 def finish(process: subprocess.Popen[bytes], timeout: float = 60) -> Done:

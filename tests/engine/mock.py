@@ -102,6 +102,7 @@ def make_engine(
         PageReadingModel(memory),
         NullBackend(memory),
         memory,
+        vocab_size=VOCAB,
         session_len=num_pages * PAGE_TOKENS,
         max_batch_size=max_batch_size,
         max_step_tokens=max_step_tokens,

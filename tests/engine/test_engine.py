@@ -272,6 +272,42 @@ def test_not_a_number_ends_its_own_request_only() -> None:
     assert client.engine.stats().pages_held == 0
 
 
+@pytest.mark.parametrize("who", ["deliver", "logits_sink"])
+def test_a_receiver_that_raises_loses_its_own_request_only(who: str) -> None:
+    """A bug in one client must not end the others, nor the engine."""
+
+    def explode(*arguments: object) -> None:
+        raise RuntimeError("client bug")
+
+    client = Client(make_engine())
+    broken = client.submit(prompt_of(10), 9, GenerationConfig(output_logits="all"))
+    setattr(broken, who, explode)
+    other = client.submit(prompt_of(20), 9)
+    client.run()
+    assert broken.status is Status.FINISHED
+    if who == "logits_sink":
+        assert client.reason(broken) == "error"
+    assert client.tokens(other) == continuation(prompt_of(20), 9)
+    client.engine.scheduler.check()
+    assert client.engine.stats().pages_held == 0
+
+
+@pytest.mark.parametrize("token", [-1, VOCAB, 10**9, 1.5, "a"])
+def test_token_ids_that_the_model_does_not_know_are_refused(token: object) -> None:
+    """They would fail in the embedding, on the engine's thread, for everybody."""
+    with pytest.raises(RequestError, match="token id"):
+        make_engine().validate([1, token])  # type: ignore[list-item]
+
+
+def test_preemption_does_not_count_as_a_cache_hit() -> None:
+    """Its own pages, found again, were not cached for it."""
+    client = Client(make_engine(num_pages=4, max_batch_size=4))
+    requests = [client.submit(prompt_of(60, seed=i), 100) for i in range(3)]
+    client.run()
+    assert client.engine.stats().preemptions > 0
+    assert [r.cached_tokens for r in requests] == [0, 0, 0]
+
+
 class EngineMachine(RuleBasedStateMachine):
     """Submit, step, abort, forget caches, in any order, over a pool that is too small."""
 

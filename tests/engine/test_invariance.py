@@ -90,6 +90,7 @@ def _order_free_engine(spec: str, chunk: int, *, prefix_caching: bool = True) ->
         Decoder(CONFIG, _order_free_weights(), longest=1024),
         make_backend("reference", memory),
         memory,
+        vocab_size=64,
         session_len=1024,
         max_batch_size=20,
         max_step_tokens=chunk,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from kvant.errors import ConfigError
@@ -14,12 +14,26 @@ from kvant.formats import FORMATS, PRESETS, KVShape, KVSpec, resolve_spec
 NAMES = list(FORMATS)
 
 names = st.sampled_from(NAMES)
+
+
+def is_finer(spec: KVSpec) -> bool:
+    """A recent group that is not finer than the rest is refused."""
+    bits = [fmt.bits_per_element(128) for fmt in (spec.k, spec.v)]
+    return spec.recent is None or spec.recent.bits_per_element(128) > min(bits)
+
+
 specs = st.builds(
     KVSpec,
     names.map(FORMATS.__getitem__),
     names.map(FORMATS.__getitem__),
     st.none() | names.map(FORMATS.__getitem__),
-)
+).filter(is_finer)
+
+
+@pytest.mark.parametrize("text", ["f16+r64:int4", "int8h+r64", "int4h+r64:int4", "bf16+r64:f16"])
+def test_a_recent_group_that_is_not_finer_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="not finer"):
+        KVSpec.parse(text)
 
 
 @given(spec=specs)
@@ -37,8 +51,9 @@ def test_str_is_canonical(spec: KVSpec) -> None:
 
 @given(k=names, v=names, fine=names, space=st.sampled_from(("", " ")))
 def test_the_long_spelling_is_always_understood(k: str, v: str, fine: str, space: str) -> None:
-    pair = f"{space}v={v},{space}k={k}+r64:{fine}{space}"
-    assert KVSpec.parse(pair) == KVSpec(FORMATS[k], FORMATS[v], FORMATS[fine])
+    spec = KVSpec(FORMATS[k], FORMATS[v], FORMATS[fine])
+    assume(is_finer(spec))
+    assert KVSpec.parse(f"{space}v={v},{space}k={k}+r64:{fine}{space}") == spec
 
 
 @pytest.mark.parametrize(
@@ -141,7 +156,9 @@ def test_two_options_for_one_thing_are_an_error(kv: str | KVSpec, policy: int) -
         resolve_spec(kv, policy)
 
 
-@pytest.mark.parametrize("text", ["int8", "k=bf16,v=int4h", "bf16+r64:int8", "int8h+r64:bf16"])
+@pytest.mark.parametrize(
+    "text", ["int8", "k=bf16,v=int4h", "k=bf16,v=int4+r64:int8", "int8h+r64:bf16"]
+)
 @pytest.mark.parametrize("head_dim", [60, 100])
 def test_head_dim_that_no_kernel_can_store_is_named(text: str, head_dim: int) -> None:
     """Also when only V or only the recent group needs the multiple."""
@@ -164,7 +181,7 @@ def test_sizes_follow_from_the_parts(spec: KVSpec, layers: int, heads: int, eigh
     assert spec.bytes_per_token(shape) * 64 == spec.page_bytes(shape)
     pages, rest = divmod(spec.tokens_per_gib(shape), 64)
     assert (pages, rest) == (2**30 // spec.page_bytes(shape), 0)
-    elements = 64 * shape.elements_per_token // (layers * heads)
+    elements = 64 * 2 * shape.head_dim
     assert spec.bits_per_element(shape.head_dim) == 8 * parts / elements
 
 

@@ -82,7 +82,7 @@ def test_scores_far_apart_neither_overflow_nor_vanish(backend: str, kv: str) -> 
 
 
 @pytest.mark.parametrize(
-    "kv", ("bf16", "int8", "int4h", "k8v4h", "int4h+r64", "int8+r64:bf16", "f16+r64:int4")
+    "kv", ("bf16", "int8", "int4h", "k8v4h", "int4h+r64", "int8+r64:bf16", "int8+r64:f32")
 )
 def test_chunks_leave_no_trace(backend: str, kv: str) -> None:
     """Pages are equal bit by bit whatever was computed in which step, and outputs within

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from kvant.errors import ConfigError
 
 __all__ = ["BytePool"]
 
@@ -15,14 +18,24 @@ class BytePool:
     """``num_pages`` pages of ``page_bytes`` bytes, page-aligned, zero until written.
 
     The system commits memory on first write, so an unused pool costs address space only.
+
+    Raises:
+        ConfigError: the system does not give that much.
     """
 
     def __init__(self, num_pages: int, page_bytes: int) -> None:
         self.page_bytes = page_bytes
         self.num_pages = num_pages
-        region = mmap.mmap(-1, max(num_pages * page_bytes, 1))
+        try:
+            region = mmap.mmap(-1, max(num_pages * page_bytes, 1))
+        except (OSError, OverflowError) as error:
+            raise ConfigError(
+                f"the system refuses a KV cache of {num_pages * page_bytes} bytes ({error}); "
+                "give less with kv_memory or kv_tokens"
+            ) from None
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            region.madvise(mmap.MADV_HUGEPAGE)
+            with suppress(OSError):  # a kernel without huge pages
+                region.madvise(mmap.MADV_HUGEPAGE)
         flat: NDArray[Any] = np.frombuffer(region, np.uint8)
         self.pages = flat[: num_pages * page_bytes].reshape(num_pages, page_bytes)
 

@@ -31,14 +31,17 @@ class CacheSize:
 
 
 def free_memory() -> int:
-    """Bytes that this process may still take: the system's, or its control group's if less."""
+    """Bytes that this process may still take: the system's, or its control group's if less.
+    Files in the page cache do not count as taken."""
     free = int(psutil.virtual_memory().available)
     group = Path("/sys/fs/cgroup")
     try:
         limit = (group / "memory.max").read_text().strip()
         if limit != "max":
-            free = min(free, int(limit) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
+            taken = int((group / "memory.current").read_text())
+            cached = (group / "memory.stat").read_text().split("inactive_file ")[1].split()[0]
+            free = max(0, min(free, int(limit) - taken + int(cached)))
+    except (OSError, ValueError, IndexError):
         pass
     return free
 

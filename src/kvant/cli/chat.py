@@ -173,6 +173,8 @@ def _turns(*, interactive: bool) -> Iterator[str]:
         while True:
             line = _read_line("... " if lines else ">>> ", interactive=interactive)
             if line is None:
+                if interactive:  # Ctrl-C drops a turn that is half typed
+                    lines = []
                 break
             lines.append(line.removesuffix("\\"))
             if not line.endswith("\\"):

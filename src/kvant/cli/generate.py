@@ -56,8 +56,8 @@ def run(options: Namespace) -> int:
     prompts = read_prompts(options.prompts, options.file)
     many = len(prompts) > 1 or options.file is not None
     with (
-        _output(options.output) as out,
         open_pipeline(options.model, config, options.chat_template) as pipe,
+        _output(options.output) as out,
     ):
         batch = _Batch(pipe, prompts, gen, raw=options.raw, tolerant=many)
         if not many and gen.n == 1 and not options.json:

@@ -5,7 +5,9 @@ Not thread-safe and without a thread of its own; :mod:`kvant.engine.worker` give
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +20,8 @@ from kvant.engine.scheduler import Scheduler
 from kvant.errors import RequestError
 from kvant.kernels.backend import Backend, Batch, KVMemory
 from kvant.request import FinishReason, Output, Request, Status
+
+_log = logging.getLogger("kvant")
 
 __all__ = ["Engine", "EngineStats", "Model"]
 
@@ -53,6 +57,7 @@ class Engine:
         model: computes logits.
         backend: attention, over ``memory``.
         memory: the bytes of the cache.
+        vocab_size: token ids that the model knows are 0 to one less.
         session_len: longest sequence in tokens; at most what the pool holds.
         max_batch_size: most sequences that run at a time.
         max_step_tokens: most rows of a step.
@@ -66,6 +71,7 @@ class Engine:
         backend: Backend,
         memory: KVMemory,
         *,
+        vocab_size: int,
         session_len: int,
         max_batch_size: int,
         max_step_tokens: int,
@@ -73,6 +79,7 @@ class Engine:
         check: bool = False,
     ) -> None:
         self.memory = memory
+        self.vocab_size = vocab_size
         self.session_len = session_len
         self._model = model
         self._backend = backend
@@ -94,15 +101,23 @@ class Engine:
         """Whether a step would do something."""
         return bool(self._requests)
 
-    def validate(self, prompt: list[int]) -> None:
-        """Raise RequestError if a prompt cannot be served at all."""
+    def validate(self, prompt: Sequence[int], *, generate: bool = True) -> None:
+        """Raise RequestError if a prompt cannot be served at all; without ``generate`` only its
+        logits are wanted."""
         if not prompt:
             raise RequestError("the prompt is empty; give at least one token")
-        if len(prompt) >= self.session_len:
+        if len(prompt) + generate > self.session_len:
             raise RequestError(
-                f"the prompt has {len(prompt)} tokens, and with one more to generate the limit is "
-                f"{self.session_len}: shorten it, or raise session_len or the KV cache's size"
+                f"the prompt has {len(prompt)} tokens, and the limit is {self.session_len}"
+                f"{' with one to generate' if generate else ''}: shorten it, or raise session_len "
+                "or the KV cache's size"
             )
+        for token in prompt:
+            if not isinstance(token, int) or not 0 <= token < self.vocab_size:
+                raise RequestError(
+                    f"the prompt has token id {token!r}, and the model knows 0 to "
+                    f"{self.vocab_size - 1}; leave it out"
+                )
 
     def submit(self, request: Request) -> None:
         """Queue a request; its outputs go to ``request.deliver``, the last one with a
@@ -168,10 +183,9 @@ class Engine:
             request = self._requests[part.request_id]
             request.computed = part.end
             self._cache.commit(request.holding, request.tokens, part.end)
-            if request.logits_sink and part.num_logits:
-                request.logits_sink(part.end - part.num_logits, logits[row : row + part.num_logits])
+            wanted = logits[row : row + part.num_logits]
             row += part.num_logits
-            if not part.sample:
+            if not self._sink(request, part.end - len(wanted), wanted) or not part.sample:
                 continue
             if request.max_tokens == request.num_prompt:  # only its logits were wanted
                 self._finish(request, Output(finish_reason="length"))
@@ -182,6 +196,26 @@ class Engine:
             for request, sampled in zip(sampling, sample(logits[rows], sampling), strict=True):
                 self._append(request, sampled)
 
+    def _sink(self, request: Request, start: int, logits: NDArray[np.float32]) -> bool:
+        """Hand logits over if they are wanted; False if the receiver failed, which ends its
+        request and no other."""
+        if request.logits_sink is not None and len(logits):
+            try:
+                request.logits_sink(start, logits)
+            except Exception as error:
+                _log.exception("request %d: its receiver of logits failed", request.id)
+                self._finish(request, Output(finish_reason="error", error=f"logits: {error!r}"))
+                return False
+        return True
+
+    def _deliver(self, request: Request, output: Output) -> None:
+        """Hand an output over. A receiver that fails loses its request, nobody else's."""
+        try:
+            request.deliver(output)
+        except Exception:
+            _log.exception("request %d: its receiver failed; it is aborted", request.id)
+            self.abort(request.id)
+
     def _append(self, request: Request, sampled: Sampled) -> None:
         token = sampled.token
         if token is None:
@@ -191,7 +225,7 @@ class Engine:
             )
             self._finish(request, Output(finish_reason="error", error=error))
             return
-        request.tokens.append(token)
+        request.append(token)
         self._generated_tokens += 1
         logprobs = (sampled.logprobs,) if sampled.logprobs is not None else ()
         if token in request.stop_ids:
@@ -207,7 +241,7 @@ class Engine:
         if reason:
             self._finish(request, output)
         else:
-            request.deliver(output)
+            self._deliver(request, output)
 
     def _finish(self, request: Request, last: Output) -> None:
         if request.status is Status.FINISHED:
@@ -216,6 +250,4 @@ class Engine:
         del self._requests[request.id]
         self._cached_tokens += request.cached_tokens
         tail = request.text.finish() if request.text else ""
-        request.deliver(
-            Output(last.text + tail, last.token_ids, last.logprobs, last.finish_reason, last.error)
-        )
+        self._deliver(request, replace(last, text=last.text + tail))

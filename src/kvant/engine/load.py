@@ -129,7 +129,7 @@ def load_model(name: str, config: EngineConfig, progress: Progress | None = None
     weights = load_weights(checkpoint, dtype, progress)
     size = cache_size(config, spec, model.kv_shape)
     session_len = _session_len(config, model, size)
-    step_tokens = max(config.max_prefill_token_num, 1)
+    step_tokens = config.max_prefill_token_num
     memory = KVMemory.allocate(
         spec,
         model.kv_shape,
@@ -141,6 +141,7 @@ def load_model(name: str, config: EngineConfig, progress: Progress | None = None
         Decoder(model, weights, longest=session_len),
         make_backend(config.backend, memory),
         memory,
+        vocab_size=model.vocab_size,
         session_len=session_len,
         max_batch_size=config.max_batch_size,
         max_step_tokens=step_tokens,

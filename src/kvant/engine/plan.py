@@ -59,7 +59,8 @@ def _fine_pages(part: Slice, num_recent: int, next_scratch: int) -> list[int]:
     only passes through scratch.
     """
     if part.start % PAGE_TOKENS:
-        return [num_recent if part.recent is None else part.recent]
+        assert part.recent is not None, "an open group has a recent page"
+        return [part.recent]
     full = part.end // PAGE_TOKENS - part.start // PAGE_TOKENS
     pages = [num_recent + next_scratch + index for index in range(full)]
     return pages if part.recent is None else [*pages, part.recent]

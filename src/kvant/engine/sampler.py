@@ -56,14 +56,14 @@ def _process(row: Row, request: Request) -> Row | None:
         return None
     row = row.copy()
     if gen.repetition_penalty != 1:
-        seen = np.unique(np.array(request.tokens, np.int64))
+        seen = np.fromiter(request.seen, np.int64)
         hit = row[seen]
         factor = np.float32(gen.repetition_penalty)
         row[seen] = np.where(hit > 0, hit / factor, hit * factor)
     if gen.presence_penalty or gen.frequency_penalty:
-        output = np.array(request.tokens[request.num_prompt :], np.int64)
-        seen, counts = np.unique(output, return_counts=True)
-        row[seen] -= gen.presence_penalty + gen.frequency_penalty * counts.astype(np.float32)
+        seen = np.fromiter(request.counts.keys(), np.int64)
+        counts = np.fromiter(request.counts.values(), np.float32)
+        row[seen] -= gen.presence_penalty + gen.frequency_penalty * counts
     row[list(banned)] = -np.inf
     return row
 

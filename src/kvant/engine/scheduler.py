@@ -124,6 +124,8 @@ class Scheduler:
             self.waiting.remove(request)
             bisect.insort(self.running, request, key=lambda r: r.id)
             request.status = Status.RUNNING
+            if not request.num_preemptions:
+                request.cached_tokens = part.start
             outstanding += self.cache.base_pages(len(request.tokens)) - len(part.pages)
             slices.append(part)
             budget -= part.end - part.start
@@ -134,6 +136,7 @@ class Scheduler:
         leader = request.leader
         return (
             leader is not None
+            and not request.wants_all_logits
             and leader.status is not Status.FINISHED
             and leader.computed < request.num_prompt - 1
         )
@@ -141,13 +144,14 @@ class Scheduler:
     def _adopt(self, request: Request) -> None:
         """Take over pages that hold the beginning of a request: its leader's or cached ones."""
         leader = request.leader
+        if request.wants_all_logits:
+            return
         if leader is not None and leader.status is Status.RUNNING and not request.num_generated:
             request.computed = self.cache.adopt_fork(
                 request.holding, leader.holding, leader.computed, request.num_prompt - 1
             )
-        elif not request.wants_all_logits:
+        else:
             request.computed = self.cache.adopt_prefix(request.holding, request.tokens)
-        request.cached_tokens = min(request.computed, request.num_prompt)
 
     def check(self) -> None:
         """Raise AssertionError if queues or pages are inconsistent."""

@@ -45,8 +45,9 @@ class Stream:
 
     def _deliver(self, output: Output) -> None:
         self._outputs.put(output)
-        if self._wake is not None:
-            self._wake()
+        wake = self._wake  # the reader may take it away meanwhile
+        if wake is not None:
+            wake()
 
     def abort(self) -> None:
         """End the request; the stream still gets its last output."""

@@ -12,7 +12,6 @@ share one spelling.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
 
 from kvant.errors import ConfigError, did_you_mean
 from kvant.formats.affine import Affine
@@ -50,11 +49,6 @@ class KVShape:
     num_kv_heads: int
     head_dim: int
 
-    @property
-    def elements_per_token(self) -> int:
-        """K and V elements that one token adds, over all layers and KV heads."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
-
 
 def _format(name: str) -> KVFormat:
     try:
@@ -65,6 +59,28 @@ def _format(name: str) -> KVFormat:
             f"Formats: {', '.join(FORMATS)}; presets: {', '.join(PRESETS)}; "
             'apart: "k=int8h,v=int4h"; recent group: "+r64"'
         ) from None
+
+
+def _pair(pair: str, text: str) -> tuple[KVFormat, KVFormat]:
+    """The formats of K and V in the part of a spec before the plus."""
+    pair = PRESETS.get(pair, pair)
+    if "=" not in pair:
+        return _format(pair), _format(pair)
+    sides = dict(part.partition("=")[::2] for part in pair.split(","))
+    if set(sides) != {"k", "v"} or pair.count(",") != 1:
+        raise ConfigError(f'KV spec "{text}" must name K and V once each: "k=int8h,v=int4h"')
+    return _format(sides["k"]), _format(sides["v"])
+
+
+def _check_finer(spec: KVSpec) -> None:
+    if spec.recent is None:
+        return
+    coarsest = min(spec.k.bits_per_element(128), spec.v.bits_per_element(128))
+    if spec.recent.bits_per_element(128) <= coarsest:
+        raise ConfigError(
+            f'the recent group of KV spec "{spec}" is not finer than its other groups; '
+            f'drop "+r{PAGE_TOKENS}" or name a finer format, as "+r{PAGE_TOKENS}:bf16"'
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +97,8 @@ class KVSpec:
     v: KVFormat
     recent: KVFormat | None = None
 
-    @classmethod
-    def parse(cls, text: str) -> Self:
+    @staticmethod
+    def parse(text: str) -> KVSpec:
         """Read a spelling such as ``int4h``, ``k=int8h,v=int4h`` or ``int4h+r64:bf16``.
 
         Raises:
@@ -99,13 +115,9 @@ class KVSpec:
                     f'"{pair}+r{PAGE_TOKENS}:bf16"'
                 )
             recent = _format(fine or _DEFAULT_RECENT)
-        pair = PRESETS.get(pair, pair)
-        if "=" not in pair:
-            return cls(_format(pair), _format(pair), recent)
-        sides = dict(part.partition("=")[::2] for part in pair.split(","))
-        if set(sides) != {"k", "v"} or pair.count(",") != 1:
-            raise ConfigError(f'KV spec "{text}" must name K and V once each: "k=int8h,v=int4h"')
-        return cls(_format(sides["k"]), _format(sides["v"]), recent)
+        spec = KVSpec(*_pair(pair, text), recent)
+        _check_finer(spec)
+        return spec
 
     def __str__(self) -> str:
         pair = self.k.name if self.k == self.v else f"k={self.k},v={self.v}"
@@ -168,8 +180,12 @@ def resolve_spec(
         )
     if isinstance(kv, KVSpec):
         return kv
-    if kv is not None:
+    if isinstance(kv, str):
         return KVSpec.parse(kv)
+    if kv is not None:
+        raise ConfigError(
+            f'kv={kv!r} must be a spelling such as "int8"; LMDeploy\'s numbers go to quant_policy'
+        )
     try:
         name = QUANT_POLICIES[quant_policy or 0]
     except (KeyError, TypeError):

@@ -96,9 +96,12 @@ class ChatTemplate:
             return _environment().from_string(self.source)
         except TemplateError as error:
             raise ModelError(
-                f"the model's chat template does not compile ({_one_line(error)}); "
-                "give the prompt as text"
+                f"the chat template does not compile ({_one_line(error)}); give the prompt as text"
             ) from error
+
+    def check(self) -> None:
+        """Raise ModelError if the template is not valid jinja2."""
+        assert self._template is not None
 
     def render(
         self,

@@ -61,6 +61,7 @@ def _from_hub(name: str, revision: str | None, download_dir: str | None) -> Path
             revision=revision,
             cache_dir=download_dir,
             allow_patterns=file or _HUB_FILES,
+            ignore_patterns=None if file else "consolidated*",
             local_files_only=problem is not None,
         )
     except Exception as error:
@@ -110,7 +111,7 @@ def resolve_model(
         return path
     if name in PACKAGED:
         return _packaged(name)
-    if name.count("/") in (1, 2) and not name.startswith((".", "/", "~")):
+    if "/" in name and not name.startswith((".", "/", "~")):
         return _from_hub(name, revision, download_dir)
     raise ModelError(
         f'no model "{name}": not a path, not a hub name (owner/repo) and not one of '

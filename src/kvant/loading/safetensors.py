@@ -28,7 +28,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _open_shards(folder: Path) -> dict[str, Any]:
     """Tensor name -> opened file that has it."""
-    files = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        files = sorted({folder / name for name in _read_json(index)["weight_map"].values()})
+    else:  # Mistral's own format lies beside the other in some repositories
+        files = sorted(set(folder.glob("*.safetensors")) - set(folder.glob("consolidated*")))
     if not files:
         raise ModelError(
             f"no *.safetensors in {folder}; kvant reads safetensors and GGUF, "

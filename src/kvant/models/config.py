@@ -85,6 +85,11 @@ class DecoderConfig:
                 raise ModelError(f"the model's config has {name}={value!r}, not a positive number")
         if not isinstance(self.norm_eps, float | int) or self.norm_eps <= 0:
             raise ModelError(f"the model's config has norm_eps={self.norm_eps!r}, not above 0")
+        if len(self.windows) != self.num_layers:
+            raise ModelError(
+                f"the model's config names attention types for {len(self.windows)} of "
+                f"{self.num_layers} layers"
+            )
         if self.num_heads % self.num_kv_heads or self.head_dim % 2:
             raise ModelError(
                 f"the model's config has {self.num_heads} heads for {self.num_kv_heads} KV heads "

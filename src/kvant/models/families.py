@@ -99,6 +99,10 @@ def _decoder_config(config: Json, **differences: Any) -> DecoderConfig:
 
 
 def _llama(config: Json) -> DecoderConfig:
+    return _mistral({**config, "sliding_window": None})
+
+
+def _mistral(config: Json) -> DecoderConfig:
     bias = config.get("attention_bias", False)
     return _decoder_config(
         config, qkv_bias=bias, output_bias=bias, mlp_bias=config.get("mlp_bias", False)
@@ -146,7 +150,7 @@ _INTERNLM2_NAMES = {
 
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": Family(_llama, _LLAMA_NAMES),
-    "MistralForCausalLM": Family(_llama, _LLAMA_NAMES),
+    "MistralForCausalLM": Family(_mistral, _LLAMA_NAMES),
     "Qwen2ForCausalLM": Family(_qwen2, _LLAMA_NAMES),
     "InternLM2ForCausalLM": Family(_internlm2, _INTERNLM2_NAMES),
 }
