@@ -43,14 +43,18 @@ def signs(head_dim: int) -> NDArray[np.float32]:
 def _hadamard(x: NDArray[Any]) -> NDArray[Any]:
     dim = x.shape[-1]
     block = dim & -dim
+    # Dimensions first, so that each butterfly runs over all vectors at once.
+    out: NDArray[Any] = x.reshape(-1, dim).T.copy()
     stride = 1
     while stride < block:
-        pairs = x.reshape(*x.shape[:-1], dim // (2 * stride), 2, stride)
-        a, b = pairs[..., 0, :], pairs[..., 1, :]
-        x = np.stack((a + b, a - b), axis=-2).reshape(x.shape)
+        pairs = out.reshape(dim // (2 * stride), 2, stride, -1)
+        a, b = pairs[:, 0], pairs[:, 1]
+        total = a + b
+        np.subtract(a, b, out=b)
+        a[...] = total
         stride *= 2
-    out: NDArray[Any] = x * x.dtype.type(1 / np.sqrt(block))
-    return out
+    out *= out.dtype.type(1 / np.sqrt(block))
+    return np.ascontiguousarray(out.T).reshape(x.shape)
 
 
 def rotate(x: NDArray[Any]) -> NDArray[Any]:
