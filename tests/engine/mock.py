@@ -96,8 +96,7 @@ def make_engine(
     """An engine over a :class:`PageReadingModel`."""
     parsed = KVSpec.parse(spec)
     recent = num_recent if parsed.recent else 0
-    scratch = max_step_tokens // PAGE_TOKENS if recent else 0
-    memory = KVMemory.allocate(parsed, SHAPE, num_pages, recent, scratch)
+    memory = KVMemory.allocate(parsed, SHAPE, num_pages, recent, max_step_tokens)
     return Engine(
         PageReadingModel(memory),
         NullBackend(memory),

@@ -292,6 +292,28 @@ def test_a_receiver_that_raises_loses_its_own_request_only(who: str) -> None:
     assert client.engine.stats().pages_held == 0
 
 
+@pytest.mark.parametrize("what", ["deliver", "logits_sink"])
+def test_a_receiver_may_abort_the_others(what: str) -> None:
+    """Requests that end in the middle of a step are left out of the rest of it."""
+    client = Client(make_engine())
+    requests = [
+        client.submit(prompt_of(10, seed=i), 9, GenerationConfig(output_logits="all"))
+        for i in range(4)
+    ]
+
+    def abort_all(*arguments: object) -> None:
+        for request in requests[1:]:
+            client.engine.abort(request.id)
+
+    setattr(requests[1], what, abort_all)
+    client.run()
+    assert client.tokens(requests[0]) == continuation(prompt_of(10, seed=0), 9)
+    assert all(r.status is Status.FINISHED for r in requests)
+    assert client.reason(requests[3]) == "abort"
+    client.engine.scheduler.check()
+    assert client.engine.stats().pages_held == 0
+
+
 @pytest.mark.parametrize("token", [-1, VOCAB, 10**9, 1.5, "a"])
 def test_token_ids_that_the_model_does_not_know_are_refused(token: object) -> None:
     """They would fail in the embedding, on the engine's thread, for everybody."""

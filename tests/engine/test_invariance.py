@@ -84,8 +84,7 @@ def _order_free_weights() -> DecoderWeights:
 def _order_free_engine(spec: str, chunk: int, *, prefix_caching: bool = True) -> Engine:
     parsed = KVSpec.parse(spec)
     size = size_for_tokens(parsed, CONFIG.kv_shape, 8192, 20)
-    scratch = chunk // PAGE_TOKENS if parsed.recent else 0
-    memory = KVMemory.allocate(parsed, CONFIG.kv_shape, size.num_pages, size.num_recent, scratch)
+    memory = KVMemory.allocate(parsed, CONFIG.kv_shape, size.num_pages, size.num_recent, chunk)
     return Engine(
         Decoder(CONFIG, _order_free_weights(), longest=1024),
         make_backend("reference", memory),

@@ -79,7 +79,9 @@ class Driver:
         self.heads = heads
         self.window = window
         num_recent, num_scratch = (NUM_RECENT, NUM_SCRATCH) if self.spec.recent else (0, 0)
-        self.memory = KVMemory.allocate(self.spec, self.shape, NUM_PAGES, num_recent, num_scratch)
+        self.memory = KVMemory.allocate(
+            self.spec, self.shape, NUM_PAGES, num_recent, num_scratch * PAGE_TOKENS
+        )
         for pool in (self.memory.base, self.memory.recent, self.memory.scratch):
             pool.pages[:] = poison
         self.backend = make_backend(backend, self.memory)

@@ -258,7 +258,7 @@ def test_memory_for_vectors_that_do_not_fit_is_refused() -> None:
 @pytest.mark.parametrize("kv", FEW_SPECS)
 def test_memory_is_that_of_the_spec(kv: str) -> None:
     spec, shape = KVSpec.parse(kv), KVShape(num_layers=3, num_kv_heads=2, head_dim=64)
-    memory = KVMemory.allocate(spec, shape, 5, 4, 6)
+    memory = KVMemory.allocate(spec, shape, 5, 4, 6 * 64 + 63)
     assert memory.base.nbytes == 5 * spec.page_bytes(shape)
     assert memory.recent.nbytes == 4 * spec.fine.page_bytes(shape)
     assert memory.scratch.nbytes * 3 == 6 * spec.fine.page_bytes(shape)

@@ -180,11 +180,13 @@ class Engine:
         sampling: list[Request] = []
         rows: list[int] = []
         for part in plan.slices:
-            request = self._requests[part.request_id]
-            request.computed = part.end
-            self._cache.commit(request.holding, request.tokens, part.end)
             wanted = logits[row : row + part.num_logits]
             row += part.num_logits
+            request = self._requests.get(part.request_id)
+            if request is None:  # a receiver of this step aborted it
+                continue
+            request.computed = part.end
+            self._cache.commit(request.holding, request.tokens, part.end)
             if not self._sink(request, part.end - len(wanted), wanted) or not part.sample:
                 continue
             if request.max_tokens == request.num_prompt:  # only its logits were wanted
@@ -194,7 +196,8 @@ class Engine:
                 rows.append(row - 1)
         if sampling:
             for request, sampled in zip(sampling, sample(logits[rows], sampling), strict=True):
-                self._append(request, sampled)
+                if request.status is not Status.FINISHED:
+                    self._append(request, sampled)
 
     def _sink(self, request: Request, start: int, logits: NDArray[np.float32]) -> bool:
         """Hand logits over if they are wanted; False if the receiver failed, which ends its

@@ -13,7 +13,7 @@ from kvant.cache.sizing import CacheSize, free_memory, size_for_bytes, size_for_
 from kvant.config import EngineConfig, parse_bytes
 from kvant.engine.engine import Engine
 from kvant.errors import ConfigError
-from kvant.formats import PAGE_TOKENS, KVShape, KVSpec
+from kvant.formats import KVShape, KVSpec
 from kvant.kernels import KVMemory, check_backend, make_backend
 from kvant.loading.checkpoint import Checkpoint, Progress, load_weights
 from kvant.loading.resolve import resolve_model
@@ -130,13 +130,7 @@ def load_model(name: str, config: EngineConfig, progress: Progress | None = None
     size = cache_size(config, spec, model.kv_shape)
     session_len = _session_len(config, model, size)
     step_tokens = config.max_prefill_token_num
-    memory = KVMemory.allocate(
-        spec,
-        model.kv_shape,
-        size.num_pages,
-        size.num_recent,
-        step_tokens // PAGE_TOKENS if spec.recent is not None else 0,
-    )
+    memory = KVMemory.allocate(spec, model.kv_shape, size.num_pages, size.num_recent, step_tokens)
     engine = Engine(
         Decoder(model, weights, longest=session_len),
         make_backend(config.backend, memory),

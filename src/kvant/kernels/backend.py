@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvant.cache.pool import BytePool
-from kvant.formats import KVShape, KVSpec
+from kvant.formats import PAGE_TOKENS, KVShape, KVSpec
 
 __all__ = ["Backend", "Batch", "BatchSequence", "KVMemory"]
 
@@ -68,10 +68,12 @@ class KVMemory:
 
     @classmethod
     def allocate(
-        cls, spec: KVSpec, shape: KVShape, num_pages: int, num_recent: int, num_scratch: int
+        cls, spec: KVSpec, shape: KVShape, num_pages: int, num_recent: int, max_step_tokens: int
     ) -> KVMemory:
-        """Reserve the pools; ``num_recent`` and ``num_scratch`` are 0 without a recent part."""
+        """Reserve the pools. ``num_recent`` is 0 without a recent part; with one, a step of at
+        most ``max_step_tokens`` rows fills one group for each 64 of them."""
         spec.check_head_dim(shape.head_dim)
+        num_scratch = max_step_tokens // PAGE_TOKENS if num_recent else 0
         fine = spec.fine.page_bytes(shape)
         return cls(
             spec,
