@@ -1,7 +1,22 @@
-"""Settings that must be made before torch is imported by any test."""
+"""Settings that must be made before torch is imported by any test, and a tiny model."""
+
+from __future__ import annotations
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import pytest
+
 import kvant  # noqa: F401 - sets OMP_WAIT_POLICY, which libgomp reads when torch loads it
+from tests.byte_model import write_config, write_tokenizer, write_weights
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model folder; one byte is one token."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write_config(folder)
+    write_weights(folder)
+    write_tokenizer(folder)
+    return str(folder)

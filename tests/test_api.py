@@ -21,23 +21,13 @@ import kvant
 from kvant import EngineConfig, GenerationConfig, KVSpec, Pipeline, Response, pipeline
 from kvant.config import parse_bytes
 from kvant.errors import ConfigError, EngineDeadError, RequestError
-from tests.cli.conftest import write_config, write_tokenizer, write_weights
 
 SHORT = GenerationConfig(max_new_tokens=12)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("model")
-    write_config(path)
-    write_weights(path)
-    write_tokenizer(path)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def pipe(folder: str) -> Iterator[Pipeline]:
-    with pipeline(folder, EngineConfig(kv="int8", kv_tokens=4096, check=True)) as pipe:
+def pipe(tiny: str) -> Iterator[Pipeline]:
+    with pipeline(tiny, EngineConfig(kv="int8", kv_tokens=4096, check=True)) as pipe:
         yield pipe
 
 
@@ -148,9 +138,9 @@ def test_logits_of_several_completions_are_whole(pipe: Pipeline) -> None:
 
 
 def test_failures_are_not_mistaken_for_a_perfect_score(
-    folder: str, monkeypatch: pytest.MonkeyPatch
+    tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pipeline(folder, EngineConfig(kv_tokens=256)) as pipe:
+    with pipeline(tiny, EngineConfig(kv_tokens=256)) as pipe:
         with pytest.raises(RequestError, match="token id 99999"):
             pipe.get_ppl([[1, 99999]])
         assert pipe.get_ppl(np.array([1, 2, 3])) == pipe.get_ppl([1, 2, 3])
@@ -160,8 +150,8 @@ def test_failures_are_not_mistaken_for_a_perfect_score(
             pipe.get_ppl([1, 2, 3])
 
 
-def test_a_forgotten_pipeline_gives_its_memory_back(folder: str) -> None:
-    pipe = pipeline(folder, EngineConfig(kv_tokens=256))
+def test_a_forgotten_pipeline_gives_its_memory_back(tiny: str) -> None:
+    pipe = pipeline(tiny, EngineConfig(kv_tokens=256))
     worker = weakref.ref(pipe._worker)
     del pipe
     gc.collect()
@@ -244,8 +234,8 @@ def test_threads_share_a_pipeline(pipe: Pipeline) -> None:
     assert got == [expected] * 6
 
 
-def test_a_closed_pipeline_says_so(folder: str) -> None:
-    pipe = pipeline(folder, EngineConfig(kv_tokens=256))
+def test_a_closed_pipeline_says_so(tiny: str) -> None:
+    pipe = pipeline(tiny, EngineConfig(kv_tokens=256))
     pipe.close()
     with pytest.raises(EngineDeadError, match="closed"):
         pipe("hello")
@@ -315,11 +305,9 @@ def test_engine_options_are_checked(options: dict[str, Any], words: str) -> None
         ({"session_len": 10**6, "kv_tokens": 10**6 + 64}, "context"),
     ],
 )
-def test_options_that_do_not_fit_the_model(
-    folder: str, options: dict[str, Any], words: str
-) -> None:
+def test_options_that_do_not_fit_the_model(tiny: str, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        pipeline(folder, EngineConfig(**options))
+        pipeline(tiny, EngineConfig(**options))
 
 
 def test_prompts_are_checked_before_anything_starts(pipe: Pipeline) -> None:
@@ -341,17 +329,17 @@ def test_prompts_are_checked_before_anything_starts(pipe: Pipeline) -> None:
 
 
 @pytest.mark.parametrize("quant_policy", [0, 8, 4])
-def test_quant_policies_are_lmdeploys(folder: str, quant_policy: int) -> None:
+def test_quant_policies_are_lmdeploys(tiny: str, quant_policy: int) -> None:
     config = EngineConfig(quant_policy=quant_policy, kv_tokens=256)
-    with pipeline(folder, config) as pipe:
+    with pipeline(tiny, config) as pipe:
         name = {0: "bf16", 8: "int8", 4: "int4"}[quant_policy]
         assert pipe.model.kv_spec == KVSpec.parse(name)
 
 
 @pytest.mark.parametrize("kv", ["bf16", "int8", "int4h", "k8v4h", "int4h+r64", "int4h+r64:bf16"])
-def test_a_pool_takes_the_memory_it_was_given(folder: str, kv: str) -> None:
+def test_a_pool_takes_the_memory_it_was_given(tiny: str, kv: str) -> None:
     """Within one page."""
-    with pipeline(folder, EngineConfig(kv=kv, kv_memory="3MiB")) as pipe:
+    with pipeline(tiny, EngineConfig(kv=kv, kv_memory="3MiB")) as pipe:
         memory, model = pipe.model.engine.memory, pipe.model
         used = memory.base.nbytes + memory.recent.nbytes
         page = model.kv_spec.page_bytes(model.config.kv_shape)

@@ -115,17 +115,6 @@ class Pipeline:
         # know nothing of the pipeline, so it can be collected.
         weakref.finalize(self, self._worker.close)
 
-    def __call__(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        gen_config: GenerationConfig | Sequence[GenerationConfig] | None = None,
-        *,
-        do_preprocess: bool = True,
-        on_progress: Callable[[int], None] | None = None,
-    ) -> Response | list[Response]:
-        """Same as :meth:`infer`."""
-        return self.infer(prompts, gen_config, do_preprocess=do_preprocess, on_progress=on_progress)
-
     def infer(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -160,6 +149,8 @@ class Pipeline:
             if isinstance(request.logits_sink, _Logits):
                 response.logits = request.logits_sink.array()
         return responses[0] if single and len(responses) == 1 else responses
+
+    __call__ = infer
 
     def stream_infer(
         self,

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from kvant import EngineConfig, GenerationConfig, Pipeline, Session, pipeline
-from tests.cli.conftest import Done, Run, start, write_config, write_tokenizer, write_weights
+from tests.byte_model import write_config, write_tokenizer, write_weights
+from tests.cli.conftest import Done, Run, start
 
 SMALL = ("--kv-tokens", "512", "--max-new-tokens", "8")
 GEN = GenerationConfig(max_new_tokens=8)

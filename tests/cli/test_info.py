@@ -10,7 +10,8 @@ from kvant import EngineConfig
 from kvant.cli.info import ABOUT
 from kvant.config import parse_bytes
 from kvant.formats import FORMATS, PRESETS, KVSpec
-from tests.cli.conftest import Run, write_config
+from tests.byte_model import write_config
+from tests.cli.conftest import Run
 
 GIB = 2**30
 

@@ -15,7 +15,8 @@ import pytest
 import kvant
 from kvant.cli import main
 from kvant.cli.program import COMMANDS
-from tests.cli.conftest import Run, finish, start, write_config, write_tokenizer, write_weights
+from tests.byte_model import write_config, write_tokenizer, write_weights
+from tests.cli.conftest import Run, finish, start
 
 ENDLESS = ("--kv-tokens", "16384", "--ignore-eos", "--max-new-tokens", "16000")
 
