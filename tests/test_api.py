@@ -323,6 +323,8 @@ def test_prompts_are_checked_before_anything_starts(pipe: Pipeline) -> None:
         pipe([5])  # type: ignore[list-item]
     with pytest.raises(RequestError, match="must be a GenerationConfig"):
         pipe(["hello"], [{"max_new_tokens": 3}])  # type: ignore[list-item]
+    with pytest.raises(RequestError, match="must be a GenerationConfig"):
+        pipe("hello", 5)  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="bad_token_ids has 300"):
         pipe("hello", GenerationConfig(bad_token_ids=[300]))
     assert pipe([], SHORT) == []

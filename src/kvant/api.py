@@ -309,7 +309,7 @@ class Pipeline:
         if gen_config is None or isinstance(gen_config, GenerationConfig):
             configs = [gen_config or GenerationConfig()] * len(batch)
         else:
-            configs = list(gen_config)  # anything else is refused below
+            configs = list(gen_config) if isinstance(gen_config, Sequence) else [gen_config]
         if len(configs) != len(batch):
             raise RequestError(
                 f"{len(configs)} generation configs for {len(batch)} prompts; give one for all or "
@@ -439,7 +439,7 @@ def _is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
 
 
 def _single(gen_config: GenerationConfig | None) -> GenerationConfig | None:
-    if gen_config is not None and gen_config.n != 1:
+    if isinstance(gen_config, GenerationConfig) and gen_config.n != 1:
         raise RequestError(f"n={gen_config.n} must be 1 here; use infer or stream_infer for more")
     return gen_config
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -217,6 +217,6 @@ def _check_range(name: str, value: Any, low: float, high: float | None) -> None:
 def _check_list(name: str, values: Any, kind: type) -> None:
     if values is None:
         return
-    wrong = isinstance(values, str) or not isinstance(values, Iterable)
+    wrong = isinstance(values, str) or not isinstance(values, Collection)
     if wrong or not all(isinstance(v, kind) and v != "" for v in values):
         raise RequestError(f"{name}={values!r} must be a list of non-empty {kind.__name__}s")

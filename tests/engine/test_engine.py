@@ -292,6 +292,24 @@ def test_a_receiver_that_raises_loses_its_own_request_only(who: str) -> None:
     assert client.engine.stats().pages_held == 0
 
 
+def test_a_detokenizer_that_raises_loses_its_own_request_only() -> None:
+    class Broken:
+        stopped = None
+
+        def push(self, token: int) -> str:
+            raise RuntimeError("push")
+
+        def finish(self) -> str:
+            raise RuntimeError("finish")
+
+    client = Client(make_engine())
+    broken, other = client.submit(prompt_of(10), 9), client.submit(prompt_of(20), 9)
+    broken.text = Broken()  # type: ignore[assignment]
+    client.run()
+    assert client.reason(broken) == "error"
+    assert client.tokens(other) == continuation(prompt_of(20), 9)
+
+
 @pytest.mark.parametrize("what", ["deliver", "logits_sink"])
 def test_a_receiver_may_abort_the_others(what: str) -> None:
     """Requests that end in the middle of a step are left out of the rest of it."""

@@ -300,3 +300,10 @@ def test_packaged_model_cut_short(tmp_path: Path, kept: int) -> None:
     with whole.open("rb") as file:
         path.write_bytes(file.read(kept))
     assert "not a complete GGUF file" in refusal(path)
+
+
+@pytest.mark.parametrize("index", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 3}}'])
+def test_a_damaged_index_is_named(folder: Path, index: str) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(index)
+    assert "weight_map" in refusal(folder)

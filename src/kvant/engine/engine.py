@@ -234,7 +234,12 @@ class Engine:
         if token in request.stop_ids:
             self._finish(request, Output(finish_reason="stop"))
             return
-        text = request.text.push(token) if request.text else ""
+        try:
+            text = request.text.push(token) if request.text else ""
+        except Exception as error:
+            _log.exception("request %d: its detokenizer failed", request.id)
+            self._finish(request, Output(finish_reason="error", error=f"detokenizer: {error!r}"))
+            return
         reason: FinishReason | None = None
         if request.text and request.text.stopped is not None:
             reason = "stop"
@@ -252,5 +257,9 @@ class Engine:
         self.scheduler.remove(request)
         del self._requests[request.id]
         self._cached_tokens += request.cached_tokens
-        tail = request.text.finish() if request.text else ""
+        try:
+            tail = request.text.finish() if request.text else ""
+        except Exception:
+            _log.exception("request %d: its detokenizer failed; its last text is lost", request.id)
+            tail = ""
         self._deliver(request, replace(last, text=last.text + tail))

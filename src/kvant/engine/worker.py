@@ -14,6 +14,7 @@ import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import TypeVar
 
 from kvant.engine.engine import Engine
@@ -103,7 +104,7 @@ class EngineWorker:
         self._engine = engine
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._ids = itertools.count()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may close while its thread submits
         self._closed = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="kvant-engine", daemon=True)
@@ -172,7 +173,7 @@ class EngineWorker:
         self._commands.put(lambda: None)
         if threading.current_thread() is not self._thread:
             self._thread.join()
-        atexit.unregister(self.close)
+            atexit.unregister(self.close)
 
     def __enter__(self) -> EngineWorker:
         return self
@@ -190,7 +191,8 @@ class EngineWorker:
         except BaseException as error:
             with self._lock:
                 self._failure = error
-            self._obey(block=False)
+            with suppress(Exception):
+                self._obey(block=False)
             self._engine.fail_all(f"the engine failed: {type(error).__name__}: {error}")
 
     def _obey(self, *, block: bool) -> None:

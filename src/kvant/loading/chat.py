@@ -101,7 +101,7 @@ class ChatTemplate:
 
     def check(self) -> None:
         """Raise ModelError if the template is not valid jinja2."""
-        assert self._template is not None
+        _ = self._template
 
     def render(
         self,

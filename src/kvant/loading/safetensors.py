@@ -28,9 +28,16 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _open_shards(folder: Path) -> dict[str, Any]:
     """Tensor name -> opened file that has it."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        files = sorted({folder / name for name in _read_json(index)["weight_map"].values()})
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        files = [single]
+    elif index.exists():
+        try:
+            files = sorted({folder / name for name in _read_json(index)["weight_map"].values()})
+        except (KeyError, TypeError, AttributeError):
+            raise ModelError(
+                f"{index} has no weight_map of file names; download it again"
+            ) from None
     else:  # Mistral's own format lies beside the other in some repositories
         files = sorted(set(folder.glob("*.safetensors")) - set(folder.glob("consolidated*")))
     if not files:
