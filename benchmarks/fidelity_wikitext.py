@@ -12,16 +12,14 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import platform
 import sys
 import time
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from record import record
 
 from kvant import EngineConfig, pipeline
 
@@ -68,7 +66,7 @@ class Comparison:
         }
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     text = gzip.decompress(Path(args.text).read_bytes()).decode()
     rows = []
     reference_path = Path(args.scratch)
@@ -110,22 +108,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         reference_ppl = reference_ppl or row["ppl"]
         rows.append(row)
         print(json.dumps(row), file=sys.stderr)
-    return {"machine": machine(), "command": " ".join(sys.argv), "results": rows}
-
-
-def machine() -> dict[str, Any]:
-    cpu = "unknown"
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            cpu = line.split(":")[1].strip()
-            break
-    packages = ("kvant", "torch", "numpy", "gguf", "tokenizers")
-    return {
-        "cpu": cpu,
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
-        "date": date.today().isoformat(),
-    }
+    return rows
 
 
 def main() -> None:
@@ -140,10 +123,7 @@ def main() -> None:
     parser.add_argument("--scratch", default="/tmp/kvant-fidelity", help="reference logits")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    text = json.dumps(run(args), indent=2)
-    if args.output:
-        args.output.write_text(text + "\n")
-    print(text)
+    record(run(args), args.output)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,10 @@ from the same row computed with 8192. The decoder pads small batches accordingly
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 
 import torch
-from fidelity_wikitext import machine
+from record import record
 from torch.nn import functional
 
 SHAPES = ((576, 960), (1536, 576), (576, 3072), (64, 128), (100, 60))  # inputs, outputs
@@ -40,18 +38,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    result = {
-        "machine": machine(),
-        "command": " ".join(sys.argv),
-        "results": [
-            {"dtype": str(dtype), "rows_that_differ": differing(dtype)}
-            for dtype in (torch.float32, torch.bfloat16, torch.float16)
-        ],
-    }
-    text = json.dumps(result, indent=2)
-    if args.output:
-        args.output.write_text(text + "\n")
-    print(text)
+    results = [
+        {"dtype": str(dtype), "rows_that_differ": differing(dtype)}
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    ]
+    record(results, args.output)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,13 @@ Medians of interleaved repeats of fresh processes, files in the page cache.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-from fidelity_wikitext import machine
+from record import record
 
 IMPORT = [sys.executable, "-c", "import kvant; kvant.EngineConfig"]
 GENERATE = [sys.executable, "-m", "kvant", "generate", "smollm2-135m", "Hello, who are you?"]
@@ -51,18 +49,11 @@ def main() -> None:
     for _ in range(args.repeats):
         imports.append(round(seconds_to_exit(), 3))
         tokens.append(round(seconds_to_first_token(), 2))
-    result: dict[str, Any] = {
-        "machine": machine(),
-        "command": " ".join(sys.argv),
-        "results": [
-            {"what": "import kvant", "median_s": statistics.median(imports), "all_s": imports},
-            {"what": "first token", "median_s": statistics.median(tokens), "all_s": tokens},
-        ],
-    }
-    text = json.dumps(result, indent=2)
-    if args.output:
-        args.output.write_text(text + "\n")
-    print(text)
+    results = [
+        {"what": "import kvant", "median_s": statistics.median(imports), "all_s": imports},
+        {"what": "first token", "median_s": statistics.median(tokens), "all_s": tokens},
+    ]
+    record(results, args.output)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,19 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 import kvant  # noqa: F401 - sets OMP_WAIT_POLICY, which libgomp reads when torch loads it
 from tests.byte_model import write_config, write_tokenizer, write_weights
+
+# Hypothesis without clocks: a busy machine fails no test.
+settings.register_profile(
+    "untimed", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

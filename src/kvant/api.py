@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvant.config import EngineConfig, GenerationConfig
-from kvant.engine.text import CONTEXT_TOKENS, TextStream
+from kvant.engine.text import TextStream
 from kvant.engine.worker import EngineWorker, Stream
 from kvant.errors import ConfigError, KvantError, RequestError
 from kvant.loading.chat import ChatTemplate, as_messages
@@ -121,7 +121,6 @@ class Pipeline:
         gen_config: GenerationConfig | Sequence[GenerationConfig] | None = None,
         *,
         do_preprocess: bool = True,
-        on_progress: Callable[[int], None] | None = None,
     ) -> Response | list[Response]:
         """Complete one prompt, or several together.
 
@@ -129,7 +128,6 @@ class Pipeline:
             prompts: a text, a list of messages, or a list of either.
             gen_config: for all prompts, or one for each.
             do_preprocess: apply the chat template; otherwise texts are continued as they are.
-            on_progress: called with 1 whenever a completion ends.
 
         Returns:
             A response for one prompt with n = 1, else a list in the order of the prompts, the n
@@ -142,9 +140,8 @@ class Pipeline:
         single = _is_single(prompts)
         requests = self._requests(prompts, gen_config, do_preprocess)
         responses = [_response(request, index) for index, request in enumerate(requests)]
-        for index, _ in self._events(requests, responses):
-            if on_progress and responses[index].finish_reason:
-                on_progress(1)
+        for _ in self._events(requests, responses):
+            pass
         for request, response in zip(requests, responses, strict=True):
             if isinstance(request.logits_sink, _Logits):
                 response.logits = request.logits_sink.array()
@@ -321,9 +318,11 @@ class Pipeline:
                 raise RequestError(f"gen_config={gen!r} must be a GenerationConfig")
             self._check_token_ids(gen)
             ids = self.prompt_ids(prompt, do_preprocess=do_preprocess)
+            bad_sequences = self._bad_sequences(gen)
             leader: Request | None = None
             for number in range(gen.n):
                 request = self._request(ids, gen, number, leader)
+                request.bad_sequences = bad_sequences
                 leader = leader or request
                 requests.append(request)
         return requests
@@ -341,11 +340,10 @@ class Pipeline:
             gen=gen,
             max_tokens=min(len(ids) + gen.max_new_tokens, self.model.engine.session_len),
             stop_ids=frozenset((*eos, *(gen.stop_token_ids or ()))),
-            bad_sequences=self._bad_sequences(gen),
             seed=seed & (2**64 - 1),
             text=TextStream(
                 self.tokenizer,
-                ids[-CONTEXT_TOKENS:],
+                ids,
                 tuple(gen.stop_words or ()),
                 gen.include_stop_str_in_output,
                 gen.skip_special_tokens,

@@ -59,16 +59,16 @@ def cache_size(
     Raises:
         ConfigError: it would not hold a page, or not fit into the free memory.
     """
+    free = memory or free_memory()
     if config.kv_tokens is not None:
         size = size_for_tokens(spec, shape, config.kv_tokens, config.max_batch_size)
     else:
         budget = (
             parse_bytes(config.kv_memory)
             if config.kv_memory is not None
-            else int(config.cache_max_entry_count * (memory or free_memory()))
+            else int(config.cache_max_entry_count * free)
         )
         size = size_for_bytes(spec, shape, budget, config.max_batch_size)
-    free = memory or free_memory()
     if size.nbytes > free:
         raise ConfigError(
             f"the KV cache would take {size.nbytes / 2**30:.2f} GiB and {free / 2**30:.2f} GiB "
@@ -101,7 +101,8 @@ def _share_cores(num_threads: int | None) -> None:
     cores = os.cpu_count() or 1
     if num_threads is not None and num_threads > cores:
         raise ConfigError(f"num_threads={num_threads} exceeds the {cores} cores of this machine")
-    torch.set_num_threads(num_threads or torch.get_num_threads())
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
     threadpool_limits(limits=1, user_api="blas")
 
 
@@ -126,6 +127,7 @@ def load_model(name: str, config: EngineConfig, progress: Progress | None = None
     dtype = getattr(torch, "bfloat16" if config.dtype == "auto" else config.dtype)
     spec = config.kv_spec()
     spec.check_head_dim(model.head_dim)
+    tokenizer = checkpoint.tokenizer()
     weights = load_weights(checkpoint, dtype, progress)
     size = cache_size(config, spec, model.kv_shape)
     session_len = _session_len(config, model, size)
@@ -145,7 +147,7 @@ def load_model(name: str, config: EngineConfig, progress: Progress | None = None
     return LoadedModel(
         name=name,
         engine=engine,
-        tokenizer=checkpoint.tokenizer(),
+        tokenizer=tokenizer,
         config=model,
         kv_spec=spec,
         cache=size,

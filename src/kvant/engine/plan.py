@@ -46,11 +46,6 @@ class StepPlan:
     copies: tuple[PageCopy, ...] = ()
     preempted: tuple[int, ...] = ()
 
-    @property
-    def num_tokens(self) -> int:
-        """Rows that the step computes."""
-        return sum(part.end - part.start for part in self.slices)
-
 
 def _fine_pages(part: Slice, num_recent: int, next_scratch: int) -> list[int]:
     """The fine page of each group that a slice touches; see :class:`BatchSequence`.

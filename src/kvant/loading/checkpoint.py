@@ -6,7 +6,7 @@ The two kinds (:mod:`.safetensors`, :mod:`.gguf`) answer by our names (see
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Protocol
@@ -19,7 +19,7 @@ from kvant.loading.tokenizer import Tokenizer
 from kvant.models.config import DecoderConfig
 from kvant.models.decoder import DecoderWeights, LayerWeights, Linear
 
-__all__ = ["Checkpoint", "Progress", "load_weights"]
+__all__ = ["Checkpoint", "Progress", "load_weights", "their_name"]
 
 Progress = Callable[[int, int], None]
 """Called with layers loaded so far and in all."""
@@ -45,6 +45,13 @@ class Checkpoint(Protocol):
 
 
 _READERS = 4  # layers read at a time; decoding them runs mostly outside of Python's lock
+
+
+def their_name(names: Mapping[str, str], name: str, layer: int | None) -> str | None:
+    """What a checkpoint calls our tensor ``name``, by its family's ``names``; None if nothing."""
+    stem, _, kind = name.rpartition(".")
+    pattern = names.get(stem)
+    return pattern and f"{pattern.format(layer)}.{kind}"
 
 
 class _Reader:

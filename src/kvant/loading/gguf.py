@@ -12,6 +12,7 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from kvant.errors import ModelError
+from kvant.loading.checkpoint import their_name
 from kvant.loading.tokenizer import Tokenizer
 from kvant.models.config import DecoderConfig, RopeConfig
 
@@ -129,18 +130,12 @@ class GGUFCheckpoint:
         """Build the tokenizer from the file's metadata."""
         return Tokenizer.from_gguf(self._fields)
 
-    @staticmethod
-    def _their_name(name: str, layer: int | None) -> str | None:
-        stem, _, kind = name.rpartition(".")
-        pattern = _NAMES.get(stem)
-        return pattern and f"{pattern.format(layer)}.{kind}"
-
     def has(self, name: str, layer: int | None = None) -> bool:
         """Whether the file has our tensor ``name``."""
-        return self._their_name(name, layer) in self._tensors
+        return their_name(_NAMES, name, layer) in self._tensors
 
     def _tensor_of(self, name: str, layer: int | None) -> Any:
-        theirs = self._their_name(name, layer)
+        theirs = their_name(_NAMES, name, layer)
         if theirs not in self._tensors:
             raise ModelError(f'tensor "{theirs}" is missing in {self._path}; download it again')
         return self._tensors[theirs]

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kvant.errors import ModelError
+from kvant.loading.checkpoint import their_name
 from kvant.loading.tokenizer import Tokenizer
 from kvant.models.families import find_family
 
@@ -91,18 +92,13 @@ class SafetensorsCheckpoint:
         """Build the tokenizer from the folder's files."""
         return Tokenizer.from_folder(self._folder)
 
-    def _their_name(self, name: str, layer: int | None) -> str | None:
-        stem, _, kind = name.rpartition(".")
-        pattern = self._names.get(stem)
-        return pattern and f"{pattern.format(layer)}.{kind}"
-
     def has(self, name: str, layer: int | None = None) -> bool:
         """Whether a shard has our tensor ``name``."""
-        return self._their_name(name, layer) in self._shards
+        return their_name(self._names, name, layer) in self._shards
 
     def tensor(self, name: str, layer: int | None = None) -> Tensor:
         """Read our tensor ``name``."""
-        theirs = self._their_name(name, layer)
+        theirs = their_name(self._names, name, layer)
         if theirs not in self._shards:
             raise ModelError(
                 f'tensor "{theirs}" is missing in {self._folder}; '
