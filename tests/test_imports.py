@@ -22,7 +22,7 @@ ROOT = Path(kvant.__file__).parent
 
 # Lowest first. A unit (a folder or module of kvant) imports itself and units of lower rows.
 ROWS = (
-    ("errors",),
+    ("errors", "machine"),
     ("formats",),
     ("cache",),
     ("kernels",),

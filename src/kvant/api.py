@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import secrets
+import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,8 +27,11 @@ from kvant.request import FinishReason, LogitsSink, Output, Request
 
 if TYPE_CHECKING:
     from kvant.engine.load import LoadedModel
+    from kvant.loading.tokenizer import Tokenizer
 
-__all__ = ["Pipeline", "Prompt", "Response", "Session", "pipeline"]
+__all__ = ["Pipeline", "Prompt", "Response", "Session", "encode_prompt", "pipeline"]
+
+_PATIENCE = 1.0  # seconds that an interrupted program waits for the engine's step to end
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message]
@@ -252,18 +256,25 @@ class Pipeline:
             logits_sink=sink,
         )
 
-    def run(self, requests: list[Request]) -> None:
-        """Run requests to their end.
+    def generate_request(self, ids: Sequence[int], gen: GenerationConfig) -> Request:
+        """A request that continues token ids; ``gen.n`` is not heeded. Run it with :meth:`run`."""
+        self._check_token_ids(gen)
+        self.model.engine.validate(ids)
+        return self._request(list(ids), gen, 0, None)
+
+    def run(self, requests: list[Request]) -> list[Response]:
+        """Run requests to their end; a response for each.
 
         Raises:
             KvantError: one of them failed or was aborted.
         """
-        responses = [Response() for _ in requests]
+        responses = [_response(request, index) for index, request in enumerate(requests)]
         for _ in self._events(requests, responses):
             pass
         for response in responses:
             if response.finish_reason in ("error", "abort"):
                 raise KvantError(response.error_message or "the request was aborted")
+        return responses
 
     def close(self) -> None:
         """Abort what runs and stop the engine. Safe to repeat."""
@@ -272,8 +283,14 @@ class Pipeline:
     def __enter__(self) -> Pipeline:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or not issubclass(kind, KeyboardInterrupt | BrokenPipeError):
+            self.close()
+            return
+        # The step that runs may take long; whoever pressed Ctrl-C does not wait for it.
+        closing = threading.Thread(target=self.close, daemon=True)
+        closing.start()
+        closing.join(_PATIENCE)
 
     def prompt_ids(self, prompt: Prompt, *, do_preprocess: bool = True) -> list[int]:
         """The token ids of a prompt, chat template applied if there is one.
@@ -281,18 +298,7 @@ class Pipeline:
         Raises:
             RequestError: the prompt is empty, malformed or too long.
         """
-        if not isinstance(prompt, str | Sequence):
-            raise RequestError(f"prompt {prompt!r} must be a text or a list of messages")
-        if not prompt:
-            raise RequestError("the prompt is empty; give at least one token")
-        if self._chat is not None and (do_preprocess or not isinstance(prompt, str)):
-            text = self._chat.render(as_messages(prompt))
-            # Templates write the special tokens themselves.
-            ids = self.tokenizer.encode(text, add_special=False)
-        elif isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt)
-        else:
-            raise RequestError("this model has no chat template; give texts or a chat_template")
+        ids = encode_prompt(self.tokenizer, prompt, self._chat, do_preprocess=do_preprocess)
         self.model.engine.validate(ids)
         return ids
 
@@ -397,6 +403,26 @@ class Pipeline:
         finally:
             for request in running.values():
                 self._worker.abort(request)
+
+
+def encode_prompt(
+    tokenizer: Tokenizer, prompt: Prompt, chat: ChatTemplate | None, *, do_preprocess: bool = True
+) -> list[int]:
+    """The token ids of a prompt, rendered with ``chat`` if there is one.
+
+    Raises:
+        RequestError: the prompt is empty or malformed.
+    """
+    if not isinstance(prompt, str | Sequence):
+        raise RequestError(f"prompt {prompt!r} must be a text or a list of messages")
+    if not prompt:
+        raise RequestError("the prompt is empty; give at least one token")
+    if chat is not None and (do_preprocess or not isinstance(prompt, str)):
+        # Templates write the special tokens themselves.
+        return tokenizer.encode(chat.render(as_messages(prompt)), add_special=False)
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt)
+    raise RequestError("this model has no chat template; give texts or a chat_template")
 
 
 def _put(arrived: queue.SimpleQueue[tuple[int, Output]], index: int, output: Output) -> None:

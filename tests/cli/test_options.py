@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 
 from kvant.cli import generate, info
-from kvant.cli.options import Parser, read_options
+from kvant.cli.options import Parser, read_options, split_specs
 from kvant.config import EngineConfig, GenerationConfig
+from kvant.errors import ConfigError
 from tests.cli.conftest import Run
 
 
@@ -118,3 +119,37 @@ def test_info_takes_the_options_that_change_sizes(run: Run) -> None:
     text = parser.format_help()
     assert "--session-len" in text and "--num-threads" not in text
     run("info", "--num-threads", "3").assert_error(2, "--num-threads")
+
+
+@pytest.mark.parametrize(
+    ("text", "specs"),
+    (
+        ("int8", ["int8"]),
+        ("int8,int4h+r64:bf16", ["int8", "int4h+r64:bf16"]),
+        ("k=int8h,v=int4h", ["k=int8h,v=int4h"]),
+        ("k8v4,f16", ["k=int8,v=int4", "f16"]),
+        (
+            "int8, K=int8h , v=int4h+r64,int4,v=int4,k=int8,k=bf16,v=int4",
+            ["int8", "k=int8h,v=int4h+r64", "int4", "k=int8,v=int4", "k=bf16,v=int4"],
+        ),
+    ),
+)
+def test_a_list_of_specs_that_hold_commas(text: str, specs: list[str]) -> None:
+    assert [str(spec) for spec in split_specs(text)] == specs
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    (
+        ("", "empty entry"),
+        ("int8,,int4", "empty entry"),
+        ("int8,", "empty entry"),
+        ("int8,int3", "int3"),
+        ("int8,k=int8", "K and V once each"),
+        ("k=int8,int4", "K and V once each"),
+        ("k=int8,k=int4", "K and V once each"),
+    ),
+)
+def test_lists_that_are_none(text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        split_specs(text)

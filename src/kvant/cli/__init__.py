@@ -1,4 +1,4 @@
-"""The command line: ``kvant generate``, ``kvant chat``, ``kvant info``."""
+"""The command line: ``kvant generate``, ``kvant chat``, ``kvant info``, ``kvant eval``."""
 
 from kvant.cli.program import main
 

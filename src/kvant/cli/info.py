@@ -13,8 +13,6 @@ import shutil
 import subprocess
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvant import __version__
@@ -25,6 +23,7 @@ from kvant.config import EngineConfig, parse_bytes
 from kvant.errors import ConfigError
 from kvant.formats import FORMATS, PAGE_TOKENS, PRESETS, KVSpec
 from kvant.kernels import BACKENDS
+from kvant.machine import cpu, isa, package_version
 
 if TYPE_CHECKING:
     from kvant.models.config import DecoderConfig
@@ -51,10 +50,6 @@ _UNRELATED = (
     "num_threads",
     "check",
 )
-_ISA = (
-    "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile",
-    "amx_int8", "amx_bf16",
-)  # fmt: skip
 _PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "gguf")
 _GIB = 2**30
 
@@ -87,38 +82,19 @@ def run(options: Namespace) -> int:
 
 
 def _machine() -> Json:
-    cpu, flags = _cpu()
     return {
         "kvant": __version__,
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
-        "cpu": cpu,
+        "packages": {name: package_version(name) for name in _PACKAGES},
+        "cpu": cpu(),
         "cores": os.cpu_count(),
-        "isa": [flag for flag in _ISA if flag in flags],
+        "isa": isa(),
         "memory_free": free_memory(),
         "gpus": _gpus(),
         "backends": ["auto", *BACKENDS],
         "auto_backend": next(iter(BACKENDS)),
         "formats": [_format_row(name) for name in (*FORMATS, *PRESETS)],
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _cpu() -> tuple[str, frozenset[str]]:
-    """The processor's name and its flags."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine(), frozenset()
-    facts = {name.strip(): value.strip() for name, _, value in (x.partition(":") for x in lines)}
-    flags = facts.get("flags", facts.get("Features", ""))
-    return facts.get("model name", platform.machine()), frozenset(flags.split())
 
 
 def _gpus() -> list[str]:

@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Collection, Sequence
 from types import UnionType
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
+from kvant.config import EngineConfig
 from kvant.errors import ConfigError, did_you_mean
+from kvant.formats import KVSpec
 
-__all__ = ["Parser", "add_options", "read_options"]
+__all__ = ["Parser", "add_options", "read_options", "split_specs"]
 
 T = TypeVar("T")
+
+_SIDE = re.compile(r"\s*[kv]\s*=", re.IGNORECASE)  # how half of a spec of two formats begins
 
 
 class Parser(argparse.ArgumentParser):
@@ -94,6 +99,23 @@ def read_options(options: argparse.Namespace, config: type[T]) -> T:
     """
     names = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
     return config(**{name: value for name, value in vars(options).items() if name in names})
+
+
+def split_specs(text: str) -> list[KVSpec]:
+    """The KV specs of a comma list; a spec may hold a comma itself, as ``k=int8h,v=int4h`` does.
+
+    Raises:
+        ConfigError: an entry is empty or no spec.
+    """
+    entries: list[str] = []
+    for piece in text.split(","):
+        if _SIDE.match(piece) and entries and _SIDE.match(entries[-1]) and "," not in entries[-1]:
+            entries[-1] += f",{piece}"
+        else:
+            entries.append(piece)
+    if not all(entry.strip() for entry in entries):
+        raise ConfigError(f'the list of KV formats "{text}" has an empty entry; leave it out')
+    return [EngineConfig(kv=entry.strip()).kv_spec() for entry in entries]
 
 
 def _help(field: dataclasses.Field[Any]) -> str:

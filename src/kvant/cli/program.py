@@ -28,6 +28,7 @@ COMMANDS = {
     "generate": "complete prompts, one or many",
     "chat": "talk to a model",
     "info": "this machine, the KV formats, and what a model's cache takes",
+    "eval": "what KV formats cost on a model and a text",
 }
 
 _USAGE = f"""usage: kvant COMMAND [options]

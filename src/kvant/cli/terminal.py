@@ -32,7 +32,6 @@ __all__ = [
 ]
 
 INTERRUPTED = 130  # the exit code that a shell reports for SIGINT
-_PATIENCE = 1.0  # seconds that an interrupted command waits for the engine's step to end
 
 
 def add_template_option(parser: ArgumentParser) -> None:
@@ -57,18 +56,8 @@ def open_pipeline(
 
     with progress(f"loading {model}") as on_load:
         pipe = pipeline(str(path), config, chat_template=template, on_load=on_load)
-    try:
+    with pipe:
         yield pipe
-    except (KeyboardInterrupt, BrokenPipeError):
-        # The step that runs may take long; whoever pressed Ctrl-C does not wait for it.
-        closing = threading.Thread(target=pipe.close, daemon=True)
-        closing.start()
-        closing.join(_PATIENCE)
-        raise
-    except BaseException:
-        pipe.close()
-        raise
-    pipe.close()
 
 
 def import_engine() -> None:

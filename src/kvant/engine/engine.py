@@ -55,7 +55,7 @@ class Engine:
 
     Args:
         model: computes logits.
-        backend: attention, over ``memory``.
+        backend: attention, over ``memory``. Another may take its place between steps.
         memory: the bytes of the cache.
         vocab_size: token ids that the model knows are 0 to one less.
         session_len: longest sequence in tokens; at most what the pool holds.
@@ -82,7 +82,7 @@ class Engine:
         self.vocab_size = vocab_size
         self.session_len = session_len
         self._model = model
-        self._backend = backend
+        self.backend = backend
         self._num_recent = memory.recent.num_pages
         self._cache = PagedCache(
             memory.base.num_pages, self._num_recent, prefix_caching=prefix_caching
@@ -154,7 +154,7 @@ class Engine:
             pool = self.memory.recent if copy.recent else self.memory.base
             pool.copy(copy.source, copy.target)
         batch = make_batch(plan, self._num_recent)
-        self._commit(plan, self._model.forward(batch, self._backend))
+        self._commit(plan, self._model.forward(batch, self.backend))
         self._steps += 1
         if self._check:
             self.scheduler.check()

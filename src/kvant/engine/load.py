@@ -19,9 +19,17 @@ from kvant.loading.checkpoint import Checkpoint, Progress, load_weights
 from kvant.loading.resolve import resolve_model
 from kvant.loading.tokenizer import Tokenizer
 from kvant.models.config import DecoderConfig
-from kvant.models.decoder import Decoder
+from kvant.models.decoder import Decoder, DecoderWeights
 
-__all__ = ["LoadedModel", "cache_size", "load_model", "open_checkpoint"]
+__all__ = [
+    "LoadedModel",
+    "OpenModel",
+    "cache_size",
+    "load_model",
+    "open_checkpoint",
+    "open_model",
+    "start_model",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,29 +114,42 @@ def _share_cores(num_threads: int | None) -> None:
     threadpool_limits(limits=1, user_api="blas")
 
 
-def load_model(name: str, config: EngineConfig, progress: Progress | None = None) -> LoadedModel:
-    """Find, read and start a model.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenModel:
+    """A model found and understood, its weights not read yet."""
 
-    Args:
-        name: see :func:`kvant.loading.resolve.resolve_model`.
-        config: the engine's options.
-        progress: called with (layers read, layers in all).
+    name: str
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
 
-    Raises:
-        ModelError: the model cannot be found or read.
-        ConfigError: the options do not fit it or the machine.
-    """
+    @property
+    def config(self) -> DecoderConfig:
+        """Its shape."""
+        return self.checkpoint.config
+
+    def weights(self, dtype: str, progress: Progress | None = None) -> DecoderWeights:
+        """Read the weights; ``dtype`` and errors as in :func:`load_model`."""
+        # On a CPU bfloat16 is the fast 16-bit type, whatever the checkpoint was saved in.
+        kind = getattr(torch, "bfloat16" if dtype == "auto" else dtype)
+        return load_weights(self.checkpoint, kind, progress)
+
+
+def open_model(name: str, config: EngineConfig) -> OpenModel:
+    """The first part of :func:`load_model`: whatever can be refused before weights are read."""
     check_backend(config.backend)
     _share_cores(config.num_threads)
     path = resolve_model(name, revision=config.revision, download_dir=config.download_dir)
     checkpoint = open_checkpoint(path)
-    model = checkpoint.config
-    # On a CPU bfloat16 is the fast 16-bit type, whatever the checkpoint was saved in.
-    dtype = getattr(torch, "bfloat16" if config.dtype == "auto" else config.dtype)
+    config.kv_spec().check_head_dim(checkpoint.config.head_dim)
+    return OpenModel(name=name, checkpoint=checkpoint, tokenizer=checkpoint.tokenizer())
+
+
+def start_model(opened: OpenModel, weights: DecoderWeights, config: EngineConfig) -> LoadedModel:
+    """The last part of :func:`load_model`: an engine. Several engines, each with its own KV
+    format and pool, may share the weights of a model."""
+    model = opened.config
     spec = config.kv_spec()
     spec.check_head_dim(model.head_dim)
-    tokenizer = checkpoint.tokenizer()
-    weights = load_weights(checkpoint, dtype, progress)
     size = cache_size(config, spec, model.kv_shape)
     session_len = _session_len(config, model, size)
     step_tokens = config.max_prefill_token_num
@@ -145,10 +166,26 @@ def load_model(name: str, config: EngineConfig, progress: Progress | None = None
         check=config.check,
     )
     return LoadedModel(
-        name=name,
+        name=opened.name,
         engine=engine,
-        tokenizer=tokenizer,
+        tokenizer=opened.tokenizer,
         config=model,
         kv_spec=spec,
         cache=size,
     )
+
+
+def load_model(name: str, config: EngineConfig, progress: Progress | None = None) -> LoadedModel:
+    """Find, read and start a model.
+
+    Args:
+        name: see :func:`kvant.loading.resolve.resolve_model`.
+        config: the engine's options.
+        progress: called with (layers read, layers in all).
+
+    Raises:
+        ModelError: the model cannot be found or read.
+        ConfigError: the options do not fit it or the machine.
+    """
+    opened = open_model(name, config)
+    return start_model(opened, opened.weights(config.dtype, progress), config)

@@ -1,0 +1,89 @@
+"""What pages keep of the keys and values that were written: signal and noise by layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvant.engine.engine import Engine
+from kvant.eval.metrics import sqnr_db
+from kvant.formats import PAGE_TOKENS, PartView
+from kvant.kernels import Backend, Batch, KVMemory
+
+__all__ = ["Probe", "read_pages"]
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+
+
+def read_pages(memory: KVMemory, layer: int, pages: NDArray[np.int64]) -> tuple[F32, F32]:
+    """Decode whole base pages: keys and values ``[64 * len(pages), Hkv, D]`` of one layer, as
+    they were before encoding (not rotated)."""
+    spec, shape = memory.spec, memory.shape
+    dim, split = shape.head_dim, spec.k.part_bytes(shape.head_dim)
+    raw = memory.base.pages.reshape(
+        len(memory.base.pages), shape.num_layers, shape.num_kv_heads, -1
+    )
+    k = PartView(spec.k, "k", dim, raw[:, layer, :, :split]).read(pages)
+    v = PartView(spec.v, "v", dim, raw[:, layer, :, split:]).read(pages)
+    return spec.k.unrotate(k).swapaxes(0, 1), spec.v.unrotate(v).swapaxes(0, 1)
+
+
+class Probe:
+    """A backend that passes everything on to another and compares each group of 64 positions,
+    once it is full, with what later queries will see of it.
+
+    For one sequence at a time, computed from its first position on. ``signal`` and ``noise`` are
+    sums of squares, float64 ``[2, layers]``, keys first.
+    """
+
+    def __init__(self, inner: Backend, memory: KVMemory) -> None:
+        self.name = inner.name
+        self._inner = inner
+        self._memory = memory
+        shape = memory.shape
+        self.signal: F64 = np.zeros((2, shape.num_layers))
+        self.noise: F64 = np.zeros((2, shape.num_layers))
+        empty = np.empty((2, 0, shape.num_kv_heads, shape.head_dim), np.float32)
+        self._open = [empty] * shape.num_layers
+
+    @classmethod
+    def install(cls, engine: Engine) -> Probe:
+        """Put a probe before the backend of an engine that does nothing at the moment."""
+        engine.backend = probe = cls(engine.backend, engine.memory)
+        return probe
+
+    def write(self, layer: int, k: Any, v: Any, batch: Batch) -> None:
+        """Pass on, then measure the groups that became full."""
+        self._inner.write(layer, k, v, batch)
+        (sequence,) = batch.sequences
+        written = np.stack((_float32(k), _float32(v)))
+        if sequence.start > 0:
+            written = np.concatenate((self._open[layer], written), axis=1)
+        first, last = sequence.start // PAGE_TOKENS, sequence.end // PAGE_TOKENS
+        full = (last - first) * PAGE_TOKENS
+        self._open[layer] = written[:, full:]
+        if not full:
+            return
+        kept = np.stack(read_pages(self._memory, layer, sequence.pages[first:last]))
+        exact = written[:, :full].astype(np.float64)
+        self.signal[:, layer] += np.square(exact).sum(axis=(1, 2, 3))
+        self.noise[:, layer] += np.square(exact - kept).sum(axis=(1, 2, 3))
+
+    def attend(
+        self, layer: int, q: Any, batch: Batch, *, scale: float, window: int | None = None
+    ) -> Any:
+        """Pass on."""
+        return self._inner.attend(layer, q, batch, scale=scale, window=window)
+
+    def sqnr_db(self) -> F64:
+        """Signal to quantization noise ratio, dB ``[2, layers]``, keys first; infinite where
+        nothing is lost."""
+        return sqnr_db(self.signal, self.noise)
+
+
+def _float32(x: Any) -> F32:
+    """A float32 numpy array of a numpy array or torch tensor."""
+    return np.asarray(x if isinstance(x, np.ndarray) else x.float().cpu(), np.float32)
