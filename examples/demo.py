@@ -13,7 +13,7 @@ from kvant.api import Response
 
 MODEL = "smollm2-135m"
 PROMPTS = ["Hi, please introduce yourself.", "What is the capital of France, and why is it famous?"]
-FORMATS = ["bf16", "int8", "int4h"]
+FORMATS = ["bf16", "int8", "k4v4"]
 GENERATION = GenerationConfig(max_new_tokens=64)
 
 
@@ -35,7 +35,7 @@ def main() -> int:
             console.print(f"{response.text}\n", markup=False, highlight=False)
         table.add_row(
             name,
-            f"{model.kv_spec.bits_per_element(model.config.head_dim):.2f}",
+            f"{model.kv_spec.bits_per_element(model.config.kv_shape):.2f}",
             f"{model.kv_spec.bytes_per_token(model.config.kv_shape):,.0f}",
             f"{model.cache.num_tokens:,}",
             f"{_generated(responses) / seconds:.1f}",

@@ -334,11 +334,11 @@ def test_prompts_are_checked_before_anything_starts(pipe: Pipeline) -> None:
 def test_quant_policies_are_lmdeploys(tiny: str, quant_policy: int) -> None:
     config = EngineConfig(quant_policy=quant_policy, kv_tokens=256)
     with pipeline(tiny, config) as pipe:
-        name = {0: "bf16", 8: "int8", 4: "int4"}[quant_policy]
+        name = {0: "bf16", 8: "int8", 4: "k4v4"}[quant_policy]
         assert pipe.model.kv_spec == KVSpec.parse(name)
 
 
-@pytest.mark.parametrize("kv", ["bf16", "int8", "int4h", "k8v4h", "int4h+r64", "int4h+r64:bf16"])
+@pytest.mark.parametrize("kv", ["bf16", "int8", "int4h", "k4v4", "int4h+r64", "int4h+r64:bf16"])
 def test_a_pool_takes_the_memory_it_was_given(tiny: str, kv: str) -> None:
     """Within one page."""
     with pipeline(tiny, EngineConfig(kv=kv, kv_memory="3MiB")) as pipe:

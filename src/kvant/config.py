@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from kvant.errors import ConfigError, KvantError, RequestError, did_you_mean
-from kvant.formats import KVSpec, resolve_spec
+from kvant.formats import KVSpec, is_auto, resolve_spec
 
 __all__ = ["EngineConfig", "GenerationConfig", "option", "parse_bytes"]
 
@@ -77,10 +77,12 @@ class EngineConfig:
     """
 
     kv: KVSpec | str | None = option(
-        None, "KV cache format: int8, int4h, k=int8h,v=int4h, int4h+r64, ... (default 16 bit)"
+        None,
+        "KV cache format: a preset (k8v8, k8v4, k5v4, k4v4, ...), int8, k=int8h,v=int4h, a file of "
+        "kvant eval tune, auto, ... (default 16 bit)",
     )
     quant_policy: int | None = option(
-        None, "LMDeploy's name for the KV format: 0 (16 bit), 8 (int8) or 4 (int4)"
+        None, "LMDeploy's name for the KV format: 0 (16 bit), 8 (int8) or 4 (k4v4)"
     )
     dtype: str = option("auto", "weights and activations: auto, bfloat16, float16 or float32")
     session_len: int | None = option(None, "longest context in tokens (default: the model's)")
@@ -99,7 +101,9 @@ class EngineConfig:
     check: bool = option(False, "verify the cache's invariants after every step (slow)")
 
     def __post_init__(self) -> None:
-        self.kv_spec()
+        spec = self.kv_spec()
+        if isinstance(self.kv, str) and not is_auto(self.kv):  # a file is read once
+            object.__setattr__(self, "kv", spec)
         dtypes = ("auto", "bfloat16", "float16", "float32")
         if self.dtype not in dtypes:
             raise ConfigError(f'dtype "{self.dtype}" is unknown; use one of {", ".join(dtypes)}')
@@ -124,9 +128,9 @@ class EngineConfig:
             if self.kv_tokens is not None:
                 raise ConfigError("both kv_memory and kv_tokens are given; use one of them")
 
-    def kv_spec(self) -> KVSpec:
-        """The KV formats asked for."""
-        return resolve_spec(self.kv, self.quant_policy, dtype=self.dtype)
+    def kv_spec(self, architecture: str = "unknown") -> KVSpec:
+        """The KV formats asked for; ``auto`` depends on the model's architecture."""
+        return resolve_spec(self.kv, self.quant_policy, dtype=self.dtype, architecture=architecture)
 
 
 @_strict(RequestError)

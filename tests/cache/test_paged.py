@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 )
 
 from kvant.cache.paged import Holding, PagedCache
-from kvant.cache.pages import BlockHash, PageId, page_hash
+from kvant.cache.pages import BlockHash, PageAllocator, page_hash
 from kvant.formats.base import PAGE_TOKENS
 
 MAX_SUBMITTED, MAX_ALIVE = 4, 7
@@ -56,8 +56,10 @@ class Sequence:
 class Simulation:
     """A :class:`PagedCache` with histories in the place of bytes."""
 
-    def __init__(self, num_pages: int, num_recent: int, *, prefix_caching: bool) -> None:
-        self.cache = PagedCache(num_pages, num_recent, prefix_caching=prefix_caching)
+    def __init__(
+        self, num_pages: int, num_recent: int, *, sink: bool = False, prefix_caching: bool
+    ) -> None:
+        self.cache = PagedCache(num_pages, num_recent, sink=sink, prefix_caching=prefix_caching)
         self.base: list[Content] = [[None] * PAGE_TOKENS for _ in range(num_pages)]
         self.recent: list[Content] = [[None] * PAGE_TOKENS for _ in range(num_recent)]
         self.histories = Histories()
@@ -123,8 +125,8 @@ class Simulation:
         for group in groups:
             first, last = group * PAGE_TOKENS, (group + 1) * PAGE_TOKENS
             new = range(max(first, start), min(last, end))
-            if not self.cache.has_recent:
-                self._put(seq.holding.pages[group], history, new)
+            if not self._is_recent_while_open(group):
+                self._put(seq.holding, group, history, new)
                 continue
             page: Content = [None] * PAGE_TOKENS  # scratch, for a group that this step fills
             if start > first or end < last:
@@ -135,12 +137,23 @@ class Simulation:
                 page[position - first] = history[position]
             if end >= last:  # the group is full: its base page is encoded from the fine page
                 assert page == history[first:last], "the fine page lost the group's beginning"
-                self._put(seq.holding.pages[group], history, range(first, last))
+                self._put(seq.holding, group, history, range(first, last))
 
-    def _put(self, page: PageId, history: list[int], positions: range) -> None:
-        assert not self.cache.base.is_shared(page), "somebody else holds this page"
+    def _is_recent_while_open(self, group: int) -> bool:
+        return self.cache.has_recent and not (self.cache.sink and group == 0)
+
+    def _pool(self, group: int) -> tuple[PageAllocator, list[Content]]:
+        """Where the page of a group in ``Holding.pages`` is."""
+        if self.cache.sink and group == 0:
+            return self.cache.recent, self.recent
+        return self.cache.base, self.base
+
+    def _put(self, holding: Holding, group: int, history: list[int], positions: range) -> None:
+        allocator, contents = self._pool(group)
+        page = holding.pages[group]
+        assert not allocator.is_shared(page), "somebody else holds this page"
         for position in positions:
-            self.base[page][position % PAGE_TOKENS] = history[position]
+            contents[page][position % PAGE_TOKENS] = history[position]
 
     def _remember_full_pages(self, seq: Sequence) -> None:
         history, digest = self.histories.of(seq.tokens), None
@@ -154,17 +167,20 @@ class Simulation:
         self.cache.check(seq.holding for seq in self.alive)
         for seq in self.alive:
             history = self.histories.of(seq.tokens[: seq.computed])
-            open_tokens = seq.computed % PAGE_TOKENS if self.cache.has_recent else 0
-            pages = [self.base[page] for page in seq.holding.pages]
-            assert len(pages) == self.cache.base_pages(seq.computed)
+            group, open_tokens = divmod(seq.computed, PAGE_TOKENS)
+            if not self._is_recent_while_open(group):
+                open_tokens = 0
+            pages = [self._pool(group)[1][page] for group, page in enumerate(seq.holding.pages)]
+            assert len(pages) == -(-(seq.computed - open_tokens) // PAGE_TOKENS)
             stored = [slot for page in pages for slot in page][: seq.computed - open_tokens]
             assert (seq.holding.recent is not None) == (open_tokens > 0)
             if seq.holding.recent is not None:
                 stored += self.recent[seq.holding.recent][:open_tokens]
             assert stored == history, "a page was overwritten or found for other tokens"
         for digest, content in self.full_pages.items():
-            page = self.cache.base.find(digest)
-            assert page is None or self.base[page] == content, "a hash leads to other content"
+            for allocator, contents in self._pool(0), self._pool(1):
+                page = allocator.find(digest)
+                assert page is None or contents[page] == content, "a hash leads to other content"
 
 
 def _tokens(letters: str, length: int) -> list[int]:
@@ -186,13 +202,14 @@ class PagedCacheMachine(RuleBasedStateMachine):
     """Random schedules over a small pool."""
 
     num_recent_pages: tuple[int, ...] = (0,)
+    sink = False
 
     @initialize(data=st.data(), pages=st.integers(4, 24), caching=st.booleans(), prompts=PROMPTS)
     def start(
         self, data: st.DataObject, pages: int, caching: bool, prompts: list[tuple[str, int]]
     ) -> None:
         num_recent = data.draw(st.sampled_from(self.num_recent_pages))
-        self.sim = Simulation(pages, num_recent, prefix_caching=caching)
+        self.sim = Simulation(pages, num_recent, sink=self.sink, prefix_caching=caching)
         self.submit(prompts)
 
     def _any(self, data: st.DataObject, of: list[Sequence]) -> Sequence | None:
@@ -239,6 +256,7 @@ class PagedCacheMachine(RuleBasedStateMachine):
     @rule()
     def clear(self) -> None:
         self.sim.cache.base.clear_cached()
+        self.sim.cache.recent.clear_cached()
 
     @invariant()
     def holds(self) -> None:
@@ -259,7 +277,14 @@ class RecentPartMachine(PagedCacheMachine):
     num_recent_pages = (1, 4, 8)
 
 
-for _machine in (PagedCacheMachine, RecentPartMachine):
+class SinkMachine(PagedCacheMachine):
+    """The same with a sink, down to the two recent pages of a single sequence."""
+
+    num_recent_pages = (2, 5, 12)
+    sink = True
+
+
+for _machine in (PagedCacheMachine, RecentPartMachine, SinkMachine):
     _machine.TestCase.settings = settings(
         max_examples=150,
         stateful_step_count=40,
@@ -267,6 +292,7 @@ for _machine in (PagedCacheMachine, RecentPartMachine):
     )
 TestPlain = PagedCacheMachine.TestCase
 TestRecentPart = RecentPartMachine.TestCase
+TestSink = SinkMachine.TestCase
 
 
 def _computed(sim: Simulation, tokens: list[int]) -> Sequence:
@@ -278,10 +304,12 @@ def _computed(sim: Simulation, tokens: list[int]) -> Sequence:
     return seq
 
 
-@pytest.mark.parametrize("num_recent", (0, 4))
-def test_a_hit_is_the_longest_run_of_full_pages_that_leaves_a_token(num_recent: int) -> None:
+@pytest.mark.parametrize(("num_recent", "sink"), ((0, False), (4, False), (2, True)))
+def test_a_hit_is_the_longest_run_of_full_pages_that_leaves_a_token(
+    num_recent: int, sink: bool
+) -> None:
     """Held down: a prompt found as a whole, with no position left whose logits are wanted."""
-    sim = Simulation(8, num_recent, prefix_caching=True)
+    sim = Simulation(8, num_recent, sink=sink, prefix_caching=True)
     writer = _computed(sim, _tokens("abc", 192))
     for tokens, hit in (
         (_tokens("abc", 193), 192),
@@ -312,12 +340,47 @@ def test_the_end_of_a_prefix_is_evicted_before_its_beginning() -> None:
     assert sim.submit(_tokens("abcd", 256)).computed == 128
 
 
-@pytest.mark.parametrize("num_recent", (0, 4))
-def test_an_open_page_is_copied_for_all_writers_but_the_last(num_recent: int) -> None:
+def test_an_evicted_sink_is_a_miss() -> None:
+    """The rest of its prefix is still in the base pool, and of no use."""
+    sim = Simulation(8, 2, sink=True, prefix_caching=True)
+    sim.finish(_computed(sim, _tokens("abc", 192)))
+    again = sim.submit(_tokens("abc", 193))
+    assert again.computed == 192
+    sim.finish(again)
+    sim.finish(_computed(sim, _tokens("x", 100)))  # takes both recent pages
+    assert sim.cache.base.num_cached == 2
+    again = sim.submit(_tokens("abc", 193))
+    assert again.computed == 0
+    sim.finish(again)
+    _computed(sim, _tokens("abc", 193))
+
+
+def test_a_sequence_lacks_the_base_pages_that_it_then_takes() -> None:
+    """Without a sink page 0 is one of them, open or full; with a sink it never is."""
+    for num_recent, sink, taken in ((0, False, 4), (2, False, 3), (2, True, 2)):
+        sim = Simulation(8, num_recent, sink=sink, prefix_caching=False)
+        seq = sim.submit(_tokens("a", 200))
+        for count in (0, 30, 34, 70, 66):
+            missing = sim.cache.missing_base_pages(seq.holding, 200)
+            assert missing + sim.cache.base.num_held == taken
+            while count > 0:
+                before = seq.computed
+                sim.step([seq], count)
+                count -= seq.computed - before
+        assert sim.cache.missing_base_pages(seq.holding, 200) == 0
+
+
+@pytest.mark.parametrize(
+    ("num_recent", "sink", "length"),
+    ((0, False, 100), (4, False, 100), (4, True, 100), (4, True, 30)),
+)
+def test_an_open_page_is_copied_for_all_writers_but_the_last(
+    num_recent: int, sink: bool, length: int
+) -> None:
     """Copy-on-write: two forks and their parent go on apart with two copies, not three."""
-    sim = Simulation(8, num_recent, prefix_caching=False)
-    parent = _computed(sim, _tokens("a", 100))
-    family = [parent, *(sim.fork(parent, 100, [n]) for n in (1, 2))]
+    sim = Simulation(8, num_recent, sink=sink, prefix_caching=False)
+    parent = _computed(sim, _tokens("a", length))
+    family = [parent, *(sim.fork(parent, length, [n]) for n in (1, 2))]
     parent.tokens.append(3)
     allocator = sim.cache.recent if num_recent else sim.cache.base
     before = allocator.num_held
@@ -326,15 +389,21 @@ def test_an_open_page_is_copied_for_all_writers_but_the_last(num_recent: int) ->
     sim.check()
 
 
-def test_a_page_that_can_be_found_is_copied_before_a_fork_writes_into_it() -> None:
+@pytest.mark.parametrize(("num_recent", "sink", "end"), ((0, False, 100), (2, True, 30)))
+def test_a_page_that_can_be_found_is_copied_before_a_fork_writes_into_it(
+    num_recent: int, sink: bool, end: int
+) -> None:
     """A fork inside a full page, whose other holder ends before the fork's first step, is its
     only holder; but the page is still found by the hash of what the parent wrote."""
-    sim = Simulation(8, 0, prefix_caching=True)
+    sim = Simulation(8, num_recent, sink=sink, prefix_caching=True)
     parent = _computed(sim, _tokens("a", 128))
-    child = sim.fork(parent, 100, _tokens("b", 28))
+    child = sim.fork(parent, end, _tokens("b", 28))
+    assert child.computed == end
     sim.finish(parent)
     sim.step([child], 512)
+    assert child.computed == end + 28
     sim.check()
+    assert sim.submit(_tokens("a", 128)).computed == 64
 
 
 @pytest.mark.parametrize("has_recent", (False, True))
@@ -344,7 +413,7 @@ def test_a_chunk_makes_progress_and_touches_one_open_group(
 ) -> None:
     """With a recent part there is one recent page for each sequence, so a chunk that starts in
     a group ends in it, and one that ends in a group has nothing left or started in it."""
-    cache = PagedCache(1, int(has_recent), prefix_caching=False)
+    cache = PagedCache(1, int(has_recent), sink=False, prefix_caching=False)
     end, target = start + rows, start + rows + rest
     chosen = cache.chunk_end(start, end, target)
     assert start < chosen <= end
@@ -358,9 +427,14 @@ def test_a_chunk_makes_progress_and_touches_one_open_group(
         assert same_group
 
 
-@pytest.mark.parametrize(("num_pages", "num_recent"), ((2, 0), (2, 1), (9, 1)))
-def test_running_out_of_pages_changes_nothing_and_heals(num_pages: int, num_recent: int) -> None:
-    sim = Simulation(num_pages, num_recent, prefix_caching=True)
+@pytest.mark.parametrize(
+    ("num_pages", "num_recent", "sink"),
+    ((2, 0, False), (2, 1, False), (9, 1, False), (9, 2, True), (0, 9, True)),
+)
+def test_running_out_of_pages_changes_nothing_and_heals(
+    num_pages: int, num_recent: int, sink: bool
+) -> None:
+    sim = Simulation(num_pages, num_recent, sink=sink, prefix_caching=True)
     first = _computed(sim, _tokens("a", 100))
     second = sim.submit(_tokens("b", 150))
     sim.step([second], 512)

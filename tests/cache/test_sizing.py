@@ -8,11 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvant.cache.sizing import CacheSize, free_memory, size_for_bytes, size_for_tokens
+from kvant.cache.sizing import (
+    CacheSize,
+    free_memory,
+    recent_per_sequence,
+    size_for_bytes,
+    size_for_tokens,
+)
 from kvant.errors import ConfigError
 from kvant.formats import KVShape, KVSpec
 
-specs = st.sampled_from(["f32", "int8", "k8v4h", "int4h+r64", "int4+r64:f32"]).map(KVSpec.parse)
+specs = st.sampled_from(
+    ["f32", "int8", "k=int8h,v=int4h", "int4h+r64", "int4+r64:f32", "int4h+s64r64"]
+).map(KVSpec.parse)
 shapes = st.builds(
     KVShape,
     num_layers=st.integers(1, 3),
@@ -37,15 +45,16 @@ def test_a_budget_is_used_up_and_kept(
         return
     assert size.nbytes == size.num_pages * base + size.num_recent * fine
     assert budget - base < size.nbytes <= budget
-    assert (size.num_recent > 0) == (spec.recent is not None)
-    assert size.num_recent <= sequences
+    each = recent_per_sequence(spec)
+    assert each == (spec.recent is not None) + spec.sink
+    assert each <= size.num_recent <= each * sequences
 
 
 @given(spec=specs, shape=shapes, tokens=st.integers(1, 10_000), sequences=st.integers(1, 300))
 def test_so_many_tokens_fit(spec: KVSpec, shape: KVShape, tokens: int, sequences: int) -> None:
     size = size_for_tokens(spec, shape, tokens, sequences)
     assert tokens <= size.num_tokens < tokens + 64
-    assert size.num_recent == (sequences if spec.recent else 0)
+    assert size.num_recent == sequences * ((spec.recent is not None) + spec.sink)
 
 
 def test_free_memory_is_some() -> None:

@@ -14,6 +14,7 @@ from tests.byte_model import write_config
 from tests.cli.conftest import Run
 
 GIB = 2**30
+ALONE = [name for name, fmt in FORMATS.items() if not fmt.by_page]  # needs no recent group
 
 
 def facts(run: Run, *words: str) -> dict[str, Any]:
@@ -26,12 +27,16 @@ def facts(run: Run, *words: str) -> dict[str, Any]:
 def test_the_machine(run: Run) -> None:
     done = run("info")
     assert done.code == 0
-    for word in ("kvant", "torch", "numpy", "cores", "free", "reference", *FORMATS, *PRESETS):
+    for word in ("kvant", "torch", "numpy", "cores", "free", "reference", *ALONE, *PRESETS):
         assert word in done.out
     found = facts(run)
+    assert [row["name"] for row in found["formats"]] == [*ALONE, *PRESETS]
     assert found["cores"] >= 1 and found["memory_free"] > 0
     assert "reference" in found["backends"]
-    assert {row["name"]: row["bits_64"] for row in found["formats"]}["int8"] == 8.5
+    bits = {row["name"]: row["bits_64"] for row in found["formats"]}
+    assert bits["int8"] == 8.5
+    # 64 groups: 62 of 4.5 and 4.25 bits, two of 16 and 8.5
+    assert bits["k4v4"] == (62 * (4.5 + 4.25) + 2 * (16 + 8.5)) / 2 / 64
 
 
 def test_every_format_is_described() -> None:
@@ -42,16 +47,28 @@ def test_sizes_of_a_model(run: Run, tiny: str) -> None:
     found = facts(run, tiny, "--memory", "1GiB", "--session-len", "1000")
     assert (found["num_layers"], found["num_kv_heads"], found["head_dim"]) == (2, 1, 16)
     assert found["kv"] == "bf16"
-    rows = {row["kv"]: row for row in found["formats"]}
-    assert {"f32", "int4h", "int4h+r64", "k=int8h,v=int4h+r64"} <= set(rows)
-    assert "int8+r64" not in rows
+    rows = {row["name"]: row for row in found["formats"]}
+    assert list(rows) == [*ALONE, *PRESETS]
+    assert rows["k4v4"]["kv"] == PRESETS["k4v4"]
     row = rows["int8"]
+    assert row["kv"] == "int8"
     assert row["bits_per_element"] == 10 and row["bytes_per_token"] == 80
     assert row["page_bytes"] == 80 * 64
     assert row["tokens_per_gib"] == GIB // (80 * 64) * 64
     assert row["num_tokens"] == int(0.8 * GIB) // (80 * 64) * 64
     assert row["full_length_requests"] == row["num_pages"] // 16
-    assert rows["int4h+r64"]["full_length_requests"] == 128
+
+
+@pytest.mark.parametrize(("kv", "each"), (("int4h+r64", 1), ("int4h+s64r64", 2), ("k4v4", 2)))
+def test_what_was_asked_for_is_a_row(run: Run, tiny: str, kv: str, each: int) -> None:
+    """Requests are as many as the pages that each needs: 15 full groups, and recent pages."""
+    found = facts(run, tiny, "--memory", "1GiB", "--session-len", "1000", "--kv", kv)
+    rows = {row["kv"]: row for row in found["formats"]}
+    assert len(rows) == len(found["formats"])
+    row = rows[str(KVSpec.parse(kv))]
+    assert found["kv"] == row["kv"] and row["name"] == kv
+    fit = min(row["num_pages"] // (16 - each), row["num_recent"] // each)
+    assert row["num_recent"] >= 128 * each and row["full_length_requests"] == fit
 
 
 @pytest.mark.parametrize(
@@ -63,7 +80,7 @@ def test_sizes_of_a_model(run: Run, tiny: str) -> None:
         ("--kv-memory", "100000", "--max-batch-size", "3"),
     ),
 )
-@pytest.mark.parametrize("kv", ("f32", "int4h+r64", "k=int8,v=int4h+r64:bf16"))
+@pytest.mark.parametrize("kv", ("f32", "int4h+r64", "k=int8,v=int4h+r64:bf16", "k4v4;0=int8h"))
 def test_sizes_are_those_that_loading_chooses(
     run: Run, tiny: str, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], kv: str
 ) -> None:
@@ -100,7 +117,7 @@ def test_the_weights_are_taken_off_the_free_memory(
 def test_the_table(run: Run, tiny: str) -> None:
     out = run("info", tiny, "--memory", "1GiB", "--quant_policy", "4").out
     assert "LlamaForCausalLM, 2 layers, 2 heads, 1 KV heads of 16, context 16384" in out
-    assert "int4 *" in out and "bf16 *" not in out
+    assert "k4v4 *" in out and "bf16 *" not in out and "s64r64 *" not in out
     assert "x 16384" in out
 
 

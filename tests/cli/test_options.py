@@ -127,7 +127,17 @@ def test_info_takes_the_options_that_change_sizes(run: Run) -> None:
         ("int8", ["int8"]),
         ("int8,int4h+r64:bf16", ["int8", "int4h+r64:bf16"]),
         ("k=int8h,v=int4h", ["k=int8h,v=int4h"]),
-        ("k8v4,f16", ["k=int8,v=int4", "f16"]),
+        ("k8v4,f16", ["k=int8c,v=int4m+s64r64", "f16"]),
+        (
+            "k4v4;0,-1=int8h,int8;1=k=f16,v=int4,k=int8,v=int4;0,1=bf16;-1=f32,f16",
+            [
+                "k=int4c,v=int4m+s64r64;0,-1=int8h",
+                "int8;1=k=f16,v=int4",
+                "k=int8,v=int4;0,1=bf16;-1=f32",
+                "f16",
+            ],
+        ),
+        ("int4+s64r64:k=f16,v=bf16,k4v2", ["int4+s64r64:k=f16,v=bf16", "k=int4c,v=int2m+s64r64"]),
         (
             "int8, K=int8h , v=int4h+r64,int4,v=int4,k=int8,k=bf16,v=int4",
             ["int8", "k=int8h,v=int4h+r64", "int4", "k=int8,v=int4", "k=bf16,v=int4"],

@@ -47,7 +47,8 @@ class PageReadingModel:
         """Where a position's token is kept: a base, recent or scratch page."""
         group, recent = position // PAGE_TOKENS, self.memory.recent.num_pages
         if not recent or group < seq.start // PAGE_TOKENS:
-            return self.memory.base, int(seq.pages[group])
+            sink = self.memory.spec.sink and group == 0
+            return self.memory.recent if sink else self.memory.base, int(seq.pages[group])
         page = int(seq.fine_pages[group - seq.start // PAGE_TOKENS])
         return (self.memory.recent, page) if page < recent else (self.memory.scratch, page - recent)
 
@@ -56,8 +57,9 @@ class PageReadingModel:
         for position, token in zip(range(seq.start, seq.end), tokens, strict=True):
             pool, page = self._place(seq, position)
             pool.pages[page, position % PAGE_TOKENS] = token
-        if self.memory.recent.num_pages:  # a full group moves to its base page
-            for group in range(seq.start // PAGE_TOKENS, seq.end // PAGE_TOKENS):
+        if self.memory.recent.num_pages:  # a full group, but for the sink, moves to its base page
+            sink = int(self.memory.spec.sink)
+            for group in range(max(sink, seq.start // PAGE_TOKENS), seq.end // PAGE_TOKENS):
                 pool, page = self._place(seq, group * PAGE_TOKENS + PAGE_TOKENS - 1)
                 source = pool.pages[page, :PAGE_TOKENS]
                 self.memory.base.pages[seq.pages[group], :PAGE_TOKENS] = source

@@ -17,7 +17,18 @@ from kvant.errors import RequestError
 from kvant.request import Output, Request, Status
 from tests.engine.mock import VOCAB, continuation, make_engine
 
-SPECS = ["bf16", "int8", "int4", "int4h", "k8v4h", "int4h+r64", "int4+r64:bf16"]
+SPECS = [
+    "bf16",
+    "int8",
+    "int4",
+    "int4h",
+    "k=int8h,v=int4h",
+    "int4h+r64",
+    "int4+r64:bf16",
+    "int4h+s64r64",
+    "k4v4",
+    "k4v2;-1=int8h",
+]
 
 
 @dataclass
@@ -101,6 +112,42 @@ def test_a_prefix_hit_gives_the_same_text(spec: str) -> None:
     assert client.tokens(first) == client.tokens(second) == continuation(prompt, 20)
 
 
+def test_an_evicted_sink_is_recomputed_and_a_lone_request_always_goes_on() -> None:
+    """Two recent pages are enough for one sequence at a time, whatever sinks are cached."""
+    client = Client(make_engine("int4h+s64r64", num_recent=2))
+    for prompt, hit in ((200, 0), (200, 192), (210, 0), (200, 0)):
+        request = client.submit(prompt_of(prompt, seed=prompt), 70)
+        client.run()
+        assert request.cached_tokens == hit
+        assert client.tokens(request) == continuation(prompt_of(prompt, seed=prompt), 70)
+
+
+@pytest.mark.parametrize(("spec", "most"), [("int8", 4), ("int4h+r64", 3), ("int4h+s64r64", 1)])
+def test_no_more_requests_run_than_have_recent_pages(spec: str, most: int) -> None:
+    """Three of them: with a sink each needs two, so that none is preempted for want of one."""
+    client = Client(make_engine(spec, num_recent=3, max_batch_size=4))
+    for seed in range(5):
+        client.submit(prompt_of(10, seed), 70)
+    client.engine.step()
+    assert client.engine.stats().running == most
+    client.run()
+    assert client.engine.stats().preemptions == 0
+
+
+@pytest.mark.parametrize("spec", ["int8", "int4h+r64", "int4h+s64r64"])
+def test_a_cleared_prefix_cache_finds_nothing(spec: str) -> None:
+    client = Client(make_engine(spec))
+    client.submit(prompt_of(200), 1)
+    client.run()
+    client.engine.clear_prefix_cache()
+    again = client.submit(prompt_of(200), 1)
+    client.run()
+    assert again.cached_tokens == 0
+    short = client.submit(prompt_of(70), 1)  # as far as the first group
+    client.run()
+    assert short.cached_tokens == 64
+
+
 def test_a_turn_finds_the_pages_of_the_answer_before() -> None:
     """Generated tokens are cached like prompts: the next turn of a chat starts behind them."""
     client = Client(make_engine())
@@ -149,7 +196,9 @@ def test_siblings_outlive_an_aborted_leader() -> None:
     assert client.tokens(sibling) == continuation(prompt_of(100), 5)
 
 
-@pytest.mark.parametrize(("spec", "prefix_caching"), [("int8", True), ("int4h+r64", False)])
+@pytest.mark.parametrize(
+    ("spec", "prefix_caching"), [("int8", True), ("int4h+r64", False), ("int4h+s64r64", True)]
+)
 def test_a_thousand_requests_through_a_pool_ten_times_too_small(
     spec: str, prefix_caching: bool
 ) -> None:
@@ -168,7 +217,7 @@ def test_a_thousand_requests_through_a_pool_ten_times_too_small(
     engine = make_engine(
         spec,
         num_pages=25,
-        num_recent=16,
+        num_recent=32,
         max_batch_size=64,
         max_step_tokens=256,
         prefix_caching=prefix_caching,
@@ -352,11 +401,16 @@ class EngineMachine(RuleBasedStateMachine):
     """Submit, step, abort, forget caches, in any order, over a pool that is too small."""
 
     spec = "int8"
+    num_recent = 3
 
     def __init__(self) -> None:
         super().__init__()
         engine = make_engine(
-            self.spec, num_pages=6, num_recent=3, max_batch_size=4, max_step_tokens=70
+            self.spec,
+            num_pages=6,
+            num_recent=self.num_recent,
+            max_batch_size=4,
+            max_step_tokens=70,
         )
         self.client = Client(engine)
         self.work: dict[int, tuple[list[int], int]] = {}
@@ -415,8 +469,15 @@ class RecentEngineMachine(EngineMachine):
     spec = "int4h+r64"
 
 
+class SinkEngineMachine(EngineMachine):
+    """The same with a sink, for up to three sequences at a time."""
+
+    spec = "int4h+s64r64"
+    num_recent = 6
+
+
+for _machine in (EngineMachine, RecentEngineMachine, SinkEngineMachine):
+    _machine.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
 TestEngineMachine = EngineMachine.TestCase
 TestRecentEngineMachine = RecentEngineMachine.TestCase
-TestEngineMachine.settings = TestRecentEngineMachine.settings = settings(
-    max_examples=40, stateful_step_count=25, deadline=None
-)
+TestSinkEngineMachine = SinkEngineMachine.TestCase

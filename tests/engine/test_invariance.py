@@ -30,7 +30,18 @@ from kvant.models.config import DecoderConfig, RopeConfig
 from kvant.models.decoder import Decoder, DecoderWeights, LayerWeights, Linear
 from kvant.request import Request
 
-SPECS = ["bf16", "int8", "int4", "int4h", "k8v4h", "int4h+r64", "int4+r64:bf16"]
+SPECS = [
+    "bf16",
+    "int8",
+    "int4",
+    "int4h",
+    "k=int8h,v=int4h",
+    "int4h+r64",
+    "int4+r64:bf16",
+    "int4h+s64r64",
+    "k4v4",
+    "k4v2;-1=int8h",
+]
 CHUNKS = [1, 17, 64, 512]
 LENGTH = 150
 CONFIG = DecoderConfig(
@@ -104,11 +115,11 @@ class Seen:
 
     logits: dict[int, NDArray[np.float32]]
     tokens: list[int]
-    pages: NDArray[Any]
+    pages: list[bytes]
 
     def assert_same_bits(self, other: Seen) -> None:
         assert self.tokens == other.tokens
-        assert np.array_equal(self.pages, other.pages)
+        assert self.pages == other.pages
         common = self.logits.keys() & other.logits.keys()
         assert common
         for position in common:
@@ -154,12 +165,15 @@ def _observe(
                 gen=GenerationConfig(),
             )
         )
-    pages: NDArray[Any] = np.empty(0)
+    pages: list[bytes] = []
+    pools = engine.memory
     while engine.has_work:
         engine.step()
         if main.holding.pages:
-            full = main.computed // PAGE_TOKENS
-            pages = engine.memory.base.pages[main.holding.pages[:full]].copy()
+            full = main.holding.pages[: main.computed // PAGE_TOKENS]
+            sink, rest = full[: pools.spec.sink], full[pools.spec.sink :]
+            pages = [page.tobytes() for page in pools.recent.pages[sink]]
+            pages += [page.tobytes() for page in pools.base.pages[rest]]
     return Seen(logits, tokens, pages)
 
 
@@ -199,7 +213,7 @@ def test_the_model_tells_precisions_apart() -> None:
     """Otherwise the tests above could not fail: formats, and a recent part, change the logits."""
     runs = [
         _observe(_order_free_engine(spec, 512), _prompt(), new=1)
-        for spec in ("f32", "int8", "int4", "int4h", "int4h+r64")
+        for spec in ("f32", "int8", "int4", "int4h", "int4h+r64", "int4h+s64r64")
     ]
     last = [seen.logits[LENGTH - 1].tobytes() for seen in runs]
     every = [b"".join(seen.logits[p].tobytes() for p in range(LENGTH)) for seen in runs]
@@ -208,7 +222,7 @@ def test_the_model_tells_precisions_apart() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", ["bf16", "int8", "int4h", "int4h+r64"])
+@pytest.mark.parametrize("spec", ["bf16", "int8", "int4h", "int4h+r64", "int4h+s64r64"])
 def test_smollm2_is_the_same_bits(spec: str) -> None:
     """Greedy text and logits of a real model, in bfloat16: chunks, a prefix hit, a batch."""
     prompt = np.random.default_rng(5).integers(100, 40000, 150).tolist()

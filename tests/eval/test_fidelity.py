@@ -11,7 +11,7 @@ import pytest
 
 from kvant import ConfigError, EngineConfig, GenerationConfig, RequestError, pipeline
 from kvant.engine.load import LoadedModel, OpenModel, open_model, start_model
-from kvant.eval import fidelity
+from kvant.eval import runner
 from kvant.eval.fidelity import FidelityRow, Plan, evaluate, make_plan
 from kvant.eval.text import default_text
 from kvant.formats import KVSpec
@@ -143,8 +143,9 @@ def test_sizes_are_those_of_the_spec(
 ) -> None:
     for text in SPECS:
         spec = KVSpec.parse(text)
-        assert row(64, text).bits_per_element == spec.bits_per_element(16)
-        assert row(64, text).bytes_per_token == spec.bytes_per_token(opened.config.kv_shape)
+        shape = opened.config.kv_shape
+        assert row(64, text).bits_per_element == spec.bits_per_element(shape, 4096)
+        assert row(64, text).bytes_per_token == spec.bytes_per_token(shape)
 
 
 def test_more_bits_keep_more(row: Callable[[int, str], FidelityRow]) -> None:
@@ -199,7 +200,7 @@ def test_a_format_that_breaks_has_no_figures_and_spoils_no_other(
             model.engine.backend = Broken(model.engine.memory)
         return model
 
-    monkeypatch.setattr(fidelity, "start_model", start)
+    monkeypatch.setattr(runner, "start_model", start)
     plan = planned(opened, specs=[KVSpec.parse("int8"), KVSpec.parse("bf16")], contexts=[64])
     base, broken, fine = evaluate(opened, weights, CONFIG, plan)
     assert broken.ppl is None and broken.kld is None and broken.kld_p99 is None
@@ -261,6 +262,6 @@ def test_what_cannot_be_planned(opened: OpenModel, changes: dict[str, object], s
 def test_logits_that_do_not_fit_the_memory(
     opened: OpenModel, weights: DecoderWeights, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fidelity, "free_memory", lambda: 64 * 258 * 4 - 1)
+    monkeypatch.setattr(runner, "free_memory", lambda: 64 * 258 * 4 - 1)
     with pytest.raises(ConfigError, match=r"ctx=64 tokens take 0\.00 GiB .* lower ctx"):
         evaluate(opened, weights, CONFIG, plan)

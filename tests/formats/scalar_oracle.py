@@ -7,6 +7,7 @@ page are index arithmetic, one byte at a time.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -17,10 +18,14 @@ from numpy.typing import NDArray
 from kvant.formats.base import KVFormat, Side
 
 F16_MAX = 65504
+F32_MAX = Fraction(2**24 - 1) * 2**104
 HALF_ULP = 2.0**-24  # unit roundoff of float32: fl(a op b) = (a op b)(1 + e), |e| <= HALF_ULP
 TINIEST = 2.0**-150  # half the smallest float32: what a quotient can lose by underflow
 
 HEAD_DIMS = (8, 16, 64, 80, 96, 112, 128, 192, 256)
+
+# Codes of so many bits: the fields they are cut into, lowest bits first.
+FIELDS = {8: [8], 6: [4, 2], 5: [4, 1], 4: [4], 3: [2, 1], 2: [2]}
 
 
 def _rounded(x: Fraction, digits: int, emin: int, how: Callable[[Fraction], int]) -> Fraction:
@@ -40,24 +45,24 @@ def f32(x: Fraction) -> Fraction:
 
 
 def f16(x: Fraction, how: Callable[[Fraction], int]) -> Fraction:
-    """To a finite float16, in the direction of ``how`` (math.floor or math.ceil)."""
+    """To a finite float16, in the direction of ``how`` (math.floor, math.ceil, or round)."""
     return _rounded(min(max(x, Fraction(-F16_MAX)), Fraction(F16_MAX)), 11, -14, how)
 
 
 class Quantized(NamedTuple):
-    """What is stored of one vector. ``scale`` is NaN for a vector that is not finite."""
+    """What is stored of one group. ``scale`` is NaN for a group that is not finite."""
 
     scale: float
     zero: float
     codes: list[int]
 
 
-def quantize(vector: list[float], bits: int) -> Quantized:
-    """The formulas of affine.py for one vector of float32 values."""
+def quantize(group: list[float], bits: int) -> Quantized:
+    """The formulas of affine.py for one group of float32 values."""
     levels = 2**bits - 1
-    if not all(map(math.isfinite, vector)):
-        return Quantized(math.nan, 0.0, [0] * len(vector))
-    x = [Fraction(value) for value in vector]
+    if not all(map(math.isfinite, group)):
+        return Quantized(math.nan, 0.0, [0] * len(group))
+    x = [Fraction(value) for value in group]
     zero = f16(min(x), math.floor)
     scale = max(f16(f32(f32(max(x) - zero) / levels), math.ceil), Fraction(0))
     codes = []
@@ -73,6 +78,86 @@ def dequantize(stored: Quantized) -> list[float]:
         return [math.nan] * len(stored.codes)
     scale, zero = Fraction(stored.scale), Fraction(stored.zero)
     return [float(f32(scale * code + zero)) for code in stored.codes]
+
+
+Sum = Fraction | float  # a sum of squares in float32: a float only where it is infinite
+
+
+def _capped(x: Sum) -> Sum:
+    """A sum of squares rounded to float32, which overflows to infinity."""
+    if x == math.inf or f32(Fraction(x)) > F32_MAX:
+        return math.inf
+    return f32(Fraction(x))
+
+
+def _folded(terms: list[Sum]) -> Sum:
+    """Added on itself while even, then in order; each sum is rounded."""
+    while len(terms) % 2 == 0:
+        half = len(terms) // 2
+        terms = [_capped(terms[i] + terms[i + half]) for i in range(half)]
+    total = terms[0]
+    for term in terms[1:]:
+        total = _capped(total + term)
+    return total
+
+
+class Midpointed(NamedTuple):
+    """What midpoint.py stores of one rotated vector, and at which clip factor, in sixteenths."""
+
+    scale: float
+    codes: list[int]
+    sixteenths: int
+
+
+def midpoint(vector: list[float], bits: int) -> Midpointed:
+    """The formulas of midpoint.py for one vector of float32 values that is already rotated."""
+    if not all(map(math.isfinite, vector)):
+        return Midpointed(math.nan, [0] * len(vector), 16)
+    half = 2 ** (bits - 1)
+    x = [Fraction(value) for value in vector]
+    best: tuple[Sum, Midpointed] | None = None
+    for sixteenths in range(16, 8, -1):
+        largest = f32(Fraction(sixteenths, 16) * max(map(abs, x)))
+        scale = f16(f32(largest / half), round)
+        codes = [
+            min(max(math.floor(f32(value / (scale or 1))) + half, 0), 2 * half - 1) for value in x
+        ]
+        errors = [
+            f32(scale * (code - Fraction(2 * half - 1, 2)) - value)
+            for code, value in zip(codes, x, strict=True)
+        ]
+        total = _folded([_capped(error * error) for error in errors])
+        if best is None or total < best[0]:
+            best = total, Midpointed(float(scale), codes, sixteenths)
+    assert best is not None
+    return best[1]
+
+
+def from_midpoints(stored: Midpointed, bits: int) -> list[float]:
+    """Exact products; NaN throughout for a vector that was not finite."""
+    centre = 2 ** (bits - 1) - 0.5
+    return [stored.scale * (code - centre) for code in stored.codes]
+
+
+def row_bytes(width: int, head_dim: int) -> int:
+    """Bytes of a vector in a plane of fields of this width: whole words of 4."""
+    count = math.ceil(head_dim * width / 8)
+    while count % 4:
+        count += 1
+    return count
+
+
+def packed(codes: list[int], bits: int) -> list[list[int]]:
+    """The bytes of a vector's codes, plane by plane, one field at a time (packing.py)."""
+    planes, shift = [], 0
+    for width in FIELDS[bits]:
+        row = [0] * row_bytes(width, len(codes))
+        for dimension, code in enumerate(codes):
+            field, byte = divmod(dimension, len(row))
+            row[byte] += (code >> shift) % 2**width << field * width
+        planes.append(row)
+        shift += width
+    return planes
 
 
 def hadamard(vector: list[float]) -> list[float]:
@@ -109,17 +194,38 @@ def _element(side: Side, itemsize: int, columns: int, token: Any, column: Any) -
     return (line * block + column % block) * word + in_word
 
 
+class Map(NamedTuple):
+    """The planes of a format, from the docstrings: columns of float16 numbers for the page, and
+    (itemsize, columns) of what each token has."""
+
+    page_columns: list[int]
+    token_planes: list[tuple[int, int]]
+
+
+def byte_map(fmt: KVFormat, head_dim: int) -> Map:
+    """What a part of this format is made of."""
+    plain = {"f32": 4, "f16": 2, "bf16": 2}
+    if fmt.name in plain:
+        return Map([], [(plain[fmt.name], head_dim)])
+    match = re.fullmatch(r"int(\d)([hcm]?)", fmt.name)
+    assert match is not None
+    bits, variant = int(match[1]), match[2]
+    codes = [(1, row_bytes(width, head_dim)) for width in FIELDS[bits]]
+    if variant == "c":
+        return Map([head_dim, head_dim], codes)
+    return Map([], [(2, 0)] * (1 if variant == "m" else 2) + codes)
+
+
 def offsets(fmt: KVFormat, side: Side, head_dim: int) -> list[NDArray[np.int64]]:
-    """Where in a part each byte of each plane is, ``[64 tokens, columns, itemsize]``."""
-    planes = {  # itemsize and columns, from the docstrings of the formats
-        "f32": [(4, head_dim)],
-        "f16": [(2, head_dim)],
-        "bf16": [(2, head_dim)],
-        "int8": [(2, 0), (2, 0), (1, head_dim)],
-        "int4": [(2, 0), (2, 0), (1, head_dim // 2)],
-    }[fmt.name.removesuffix("h")]
+    """Where in a part each byte of each plane is: ``[64 tokens, columns, itemsize]``, and
+    ``[1, columns, 2]`` of planes of the page, whose columns are filled up to 64 bytes."""
+    page_columns, token_planes = byte_map(fmt, head_dim)
     out, start = [], 0
-    for itemsize, columns in planes:
+    for columns in page_columns:
+        lines = math.ceil(2 * columns / 64)
+        out.append(start + np.arange(64 * lines).reshape(1, -1, 2))
+        start += 64 * lines
+    for itemsize, columns in token_planes:
         token, column, byte = np.ogrid[:64, : max(columns, 1), :itemsize]
         out.append(start + itemsize * _element(side, itemsize, columns, token, column) + byte)
         start += 64 * itemsize * max(columns, 1)

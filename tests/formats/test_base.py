@@ -15,9 +15,14 @@ from tests.formats.scalar_oracle import HEAD_DIMS, offsets
 SIDES: tuple[Side, ...] = get_args(Side)
 ALL_SLOTS = np.arange(PAGE_TOKENS)
 
+BY_TOKEN = [fmt for fmt in FORMATS.values() if not fmt.by_page]
+BY_PAGE = [fmt for fmt in FORMATS.values() if fmt.by_page]
+
 formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
+by_token = pytest.mark.parametrize("fmt", BY_TOKEN, ids=str)
+by_page = pytest.mark.parametrize("fmt", BY_PAGE, ids=str)
 sides = pytest.mark.parametrize("side", SIDES)
-head_dims = pytest.mark.parametrize("head_dim", (8, 64, 80, 128))
+head_dims = pytest.mark.parametrize("head_dim", (8, 64, 80, 112, 128))
 
 
 def _pool(fmt: KVFormat, head_dim: int, pages: int = 1, heads: int = 1) -> NDArray[Any]:
@@ -30,9 +35,15 @@ def _vectors(*shape: int) -> NDArray[np.float32]:
 
 
 def _by_rows(fmt: KVFormat, x: NDArray[Any]) -> list[NDArray[np.uint8]]:
-    """Each plane of the encoding as bytes ``[tokens, columns, itemsize]``."""
-    planes = [np.ascontiguousarray(plane) for plane in fmt.encode(x)]
-    return [plane.view(np.uint8).reshape(len(x), -1, plane.itemsize) for plane in planes]
+    """Each plane of the encoding as bytes ``[tokens, columns, itemsize]``; a plane of the page
+    has a single row, filled up to 64 bytes with zeros."""
+    planes = []
+    for plane, values in zip(fmt.planes(x.shape[-1]), fmt.encode(x), strict=True):
+        tokens = len(x) if plane.of == "token" else 1
+        rows = np.ascontiguousarray(values).view(np.uint8).reshape(tokens, -1, values.itemsize)
+        filling = 0 if plane.of == "token" else -rows.shape[1] % (64 // values.itemsize)
+        planes.append(np.pad(rows, ((0, 0), (0, filling), (0, 0))))
+    return planes
 
 
 def _expected_part(fmt: KVFormat, side: Side, x: NDArray[Any]) -> NDArray[np.uint8]:
@@ -44,10 +55,11 @@ def _expected_part(fmt: KVFormat, side: Side, x: NDArray[Any]) -> NDArray[np.uin
 
 
 def _owner(fmt: KVFormat, side: Side, head_dim: int) -> NDArray[np.int64]:
-    """The token that each byte of a part belongs to."""
+    """The token that each byte of a part belongs to; -1 for those of the page."""
     owner = np.full(fmt.part_bytes(head_dim), -1)
     for where in offsets(fmt, side, head_dim):
-        owner[where] = ALL_SLOTS[:, None, None]
+        if len(where) == PAGE_TOKENS:
+            owner[where] = ALL_SLOTS[:, None, None]
     return owner
 
 
@@ -65,12 +77,51 @@ def test_every_byte_has_exactly_one_meaning(fmt: KVFormat, side: Side, head_dim:
 def test_every_byte_is_where_the_docstring_puts_it(
     fmt: KVFormat, side: Side, head_dim: int
 ) -> None:
-    """Words of 16 tokens x 4 bytes in K, of tokens {2j, 2j+1, 2j+8, 2j+9} in V, nibbles d and
-    d + D/2: native kernels are written from this map."""
+    """Words of 16 tokens x 4 bytes in K, of tokens {2j, 2j+1, 2j+8, 2j+9} in V, planes of the
+    page in order with zeros behind: native kernels are written from this map."""
     x = _vectors(PAGE_TOKENS, head_dim)
     raw = _pool(fmt, head_dim)
-    PartView(fmt, side, head_dim, raw).write(np.zeros_like(ALL_SLOTS), ALL_SLOTS, x[:, None])
+    PartView(fmt, side, head_dim, raw).fill(np.array([0]), x[None, :, None])
     np.testing.assert_array_equal(raw[0, 0], _expected_part(fmt, side, x))
+
+
+@formats
+@sides
+def test_only_formats_by_page_have_bytes_of_the_page(fmt: KVFormat, side: Side) -> None:
+    """What may be appended token by token: every byte is some token's, and all have as many."""
+    tokens, counts = np.unique(_owner(fmt, side, 80), return_counts=True)
+    assert fmt.by_page == (-1 in tokens)
+    assert tokens[tokens >= 0].tolist() == ALL_SLOTS.tolist()
+    assert len(set(counts[tokens >= 0])) == 1
+
+
+@formats
+@sides
+def test_filling_pages_leaves_others_alone(fmt: KVFormat, side: Side) -> None:
+    """Pages in any order, two heads."""
+    x = _vectors(3, PAGE_TOKENS, 2, 80)
+    raw = _pool(fmt, 80, 5, 2)
+    pages = np.array([4, 0, 3])
+    PartView(fmt, side, 80, raw).fill(pages, x)
+    for page, vectors in zip(pages, x, strict=True):
+        for head in range(2):
+            expected = _expected_part(fmt, side, vectors[:, head])
+            np.testing.assert_array_equal(raw[page, head], expected)
+    assert (raw[[1, 2]] == 0xFF).all()
+
+
+@by_token
+@sides
+@head_dims
+def test_filling_is_writing_all_tokens(fmt: KVFormat, side: Side, head_dim: int) -> None:
+    x = _vectors(2, PAGE_TOKENS, 3, head_dim)
+    filled, written = _pool(fmt, head_dim, 3, 3), _pool(fmt, head_dim, 3, 3)
+    pages = np.array([2, 1])
+    PartView(fmt, side, head_dim, filled).fill(pages, x)
+    slots = np.tile(ALL_SLOTS, 2)
+    view = PartView(fmt, side, head_dim, written)
+    view.write(np.repeat(pages, PAGE_TOKENS), slots, x.reshape(-1, 3, head_dim))
+    np.testing.assert_array_equal(filled, written)
 
 
 @formats
@@ -88,7 +139,7 @@ def test_read_inverts_the_map_for_any_page_list(fmt: KVFormat, side: Side, head_
     )
 
 
-@formats
+@by_token
 @sides
 @pytest.mark.parametrize("head_dim", (8, 80, 128))
 def test_writing_a_token_touches_its_own_bytes_only(
@@ -105,7 +156,7 @@ def test_writing_a_token_touches_its_own_bytes_only(
         np.testing.assert_array_equal(raw[0, 0], np.where(owner == token, expected, 0xFF))
 
 
-@formats
+@by_token
 @sides
 def test_tokens_may_come_in_any_order_and_company(fmt: KVFormat, side: Side) -> None:
     """One call for tokens of several pages, in shuffled order, equals a call per token."""
@@ -123,7 +174,7 @@ def test_tokens_may_come_in_any_order_and_company(fmt: KVFormat, side: Side) -> 
     assert (together[[1, 2]] == 0xFF).all()
 
 
-@formats
+@by_token
 @sides
 @pytest.mark.parametrize("poison", (np.nan, np.inf))
 def test_a_broken_vector_leaves_all_other_bytes_alone(
@@ -142,13 +193,46 @@ def test_a_broken_vector_leaves_all_other_bytes_alone(
     assert not np.isfinite(view.read(np.array([0]))[1, 9]).all()
 
 
+@by_page
+@sides
+@pytest.mark.parametrize("poison", (np.nan, np.inf))
+def test_a_broken_element_of_a_page_kills_its_channel_alone(
+    fmt: KVFormat, side: Side, poison: float
+) -> None:
+    """One element of one head of one page: the other page and head keep their bytes, the other
+    channels what they decode to, and the channel is NaN for all tokens."""
+    x = _vectors(2, PAGE_TOKENS, 2, 80)
+    clean, broken = _pool(fmt, 80, 2, 2), _pool(fmt, 80, 2, 2)
+    PartView(fmt, side, 80, clean).fill(np.array([0, 1]), x)
+    x[1, 9, 0, 3] = poison
+    view = PartView(fmt, side, 80, broken)
+    expected = PartView(fmt, side, 80, clean).read(np.array([0, 1]))
+    view.fill(np.array([0, 1]), x)
+    changed = clean != broken
+    assert changed[1, 0].any() and changed.sum() == changed[1, 0].sum()
+    expected[0, PAGE_TOKENS:, 3] = np.nan
+    np.testing.assert_array_equal(view.read(np.array([0, 1])), expected)
+
+
+@formats
+@sides
+def test_no_pages_at_all(fmt: KVFormat, side: Side) -> None:
+    """A sequence that has no full page yet: held down, a list that cannot be reshaped."""
+    view = PartView(fmt, side, 64, _pool(fmt, 64, 2, 3))
+    none = np.empty(0, np.int64)
+    assert view.read(none).shape == (3, 0, 64)
+    view.fill(none, np.empty((0, PAGE_TOKENS, 3, 64), np.float32))
+    if not fmt.by_page:
+        view.write(none, none, np.empty((0, 3, 64), np.float32))
+
+
 def test_map_and_oracle_agree_with_the_words_of_the_docstring() -> None:
     """A worked example, so that both cannot drift together: head_dim 64, int8 planes of 128,
     128 and 4096 bytes; what stands at some offsets, as (token, column)."""
     codes = 128 + 128
 
-    def at(name: str, side: Side, offset: int) -> tuple[int, int]:
-        token, column, _ = np.argwhere(offsets(FORMATS[name], side, 64)[2] == offset)[0]
+    def at(name: str, side: Side, offset: int, plane: int = 2) -> tuple[int, int]:
+        token, column, _ = np.argwhere(offsets(FORMATS[name], side, 64)[plane] == offset)[0]
         return int(token), int(column)
 
     scales, zeros, _ = offsets(FORMATS["int8"], "k", 64)
@@ -173,6 +257,17 @@ def test_map_and_oracle_agree_with_the_words_of_the_docstring() -> None:
     assert at("int8", "v", codes + 64 * 16) == (0, 16)  # all 64 tokens, then 16 more dimensions
     assert at("int4", "k", codes + 64 * 8) == (16, 0)  # 32 bytes hold 64 dimensions
     assert at("int4", "v", codes + 64 * 32 - 1) == (63, 31)
+    # int3m: a scale per token, 16 bytes of low bits, 8 bytes of high bits
+    assert at("int3m", "k", 128 + 64 * 4, plane=1) == (16, 0)
+    assert at("int3m", "k", 128 + 64 * 16, plane=2) == (0, 0)
+    assert at("int3m", "v", 128 + 64 * 16 + 4 * 8, plane=2) == (2, 0)  # 8 columns x 4 tokens
+    # int5c: a scale and a zero per dimension, 32 bytes of low bits, 8 of high bits
+    scales, zeros = offsets(FORMATS["int5c"], "k", 64)[:2]
+    assert (scales[0, 5].tolist(), zeros[0, 5].tolist()) == ([10, 11], [138, 139])
+    assert at("int5c", "k", 128 + 128 + 64, plane=2) == (0, 4)
+    assert at("int5c", "v", 128 + 128 + 64 * 32 + 5, plane=3) == (1, 1)
+    # 80 float16 numbers are 160 bytes, so the zeros begin at 192
+    assert offsets(FORMATS["int4c"], "k", 80)[1][0, 0].tolist() == [192, 193]
 
 
 @pytest.mark.parametrize(
@@ -188,6 +283,18 @@ def test_map_and_oracle_agree_with_the_words_of_the_docstring() -> None:
         ("int4", 128, 4.25),
         ("int4h", 64, 4.5),
         ("int4h", 256, 4.125),
+        ("int8c", 64, 8.5),
+        ("int6c", 128, 6.5),
+        ("int5c", 128, 5.5),
+        ("int4c", 64, 4.5),
+        ("int4c", 256, 4.5),
+        ("int4c", 80, 4.6),  # 2 x 192 bytes of metadata
+        ("int3c", 128, 3.5),
+        ("int4m", 128, 4.125),
+        ("int3m", 128, 3.125),
+        ("int3m", 80, 3.4),  # 20 and 12 bytes of codes for a token
+        ("int2m", 64, 2.25),
+        ("int2m", 8, 6),
     ],
 )
 def test_bits_per_element_count_the_metadata(name: str, head_dim: int, bits: float) -> None:

@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from kvant.cache.paged import Holding, PageCopy, PagedCache
 from kvant.cache.pool import BytePool
 from kvant.formats import PAGE_TOKENS, KVShape, KVSpec, PartView
+from kvant.formats.pages import open_pages
 from kvant.kernels import Batch, BatchSequence, KVMemory, make_backend
-from tests.kernels.attention_oracle import exact, plain
+from tests.kernels.attention_oracle import LayerFormats, exact, plain
 
 Array = NDArray[Any]
 
-NUM_PAGES, NUM_RECENT, NUM_SCRATCH = 24, 9, 12
+NUM_PAGES, NUM_RECENT, NUM_SCRATCH = 24, 17, 12
 
 
 @dataclass(eq=False)
@@ -85,7 +86,7 @@ class Driver:
         for pool in (self.memory.base, self.memory.recent, self.memory.scratch):
             pool.pages[:] = poison
         self.backend = make_backend(backend, self.memory)
-        self.cache = PagedCache(NUM_PAGES, num_recent, prefix_caching=True)
+        self.cache = PagedCache(NUM_PAGES, num_recent, sink=self.spec.sink, prefix_caching=True)
         rng = np.random.default_rng(0)
         self._base_order = rng.permutation(NUM_PAGES)  # page tables in no order at all
         self._recent_order = rng.permutation(num_recent)
@@ -185,15 +186,18 @@ class Driver:
         scratch = self.memory.recent.num_pages + self.memory.scratch.num_pages
         row = 0
         for seq, start, end in slices:
-            pages = self._base_order[seq.holding.pages]
+            pages = self._pages(seq)
             first, last = start // PAGE_TOKENS, end // PAGE_TOKENS
             fine: list[int] = []
             if self.spec.recent is None:
                 base.update(pages[first:].tolist())
             else:
-                base.update(pages[first:last].tolist())
+                base.update(pages[max(first, self.spec.sink) : last].tolist())
                 for group in range(first, -(-end // PAGE_TOKENS)):
-                    if group == last or start > group * PAGE_TOKENS:
+                    if self.spec.sink and group == 0:
+                        fine.append(int(pages[0]))
+                        recent.add(fine[-1])
+                    elif group == last or start > group * PAGE_TOKENS:
                         fine.append(int(self._recent_order[seq.holding.recent]))
                         recent.add(fine[-1])
                     else:
@@ -206,38 +210,49 @@ class Driver:
         batch = Batch(tokens, np.concatenate(positions), tuple(sequences), np.array([], np.int64))
         return batch, [(self.memory.base, base), (self.memory.recent, recent)]
 
+    def _pages(self, seq: Sequence) -> Array:
+        """Where the pages of a sequence's groups are in their pools."""
+        pages = self._base_order[seq.holding.pages]
+        sink = seq.holding.pages[: self.spec.sink]
+        pages[: len(sink)] = self._recent_order[sink]
+        return pages
+
     def base_bytes(self, seq: Sequence) -> Array:
         """The base pages of a sequence, in order."""
-        return self.memory.base.pages[self._base_order[seq.holding.pages]]
+        return self.memory.base.pages[self._pages(seq)[self.spec.sink :]]
 
     def recent_vectors(self, seq: Sequence) -> Array:
-        """What the recent page of a sequence holds of its open group, still rotated:
-        ``[K and V, L, tokens, Hkv, D]``; slots behind it have leftovers."""
-        if seq.holding.recent is None:
+        """What the recent pages of a sequence hold of its sink and its open group, still rotated:
+        ``[K and V, L, tokens, Hkv, D]``; slots behind the open group have leftovers."""
+        pages = seq.holding.pages[: self.spec.sink]
+        tokens = min(seq.computed, PAGE_TOKENS) * len(pages)
+        if seq.holding.recent is not None:
+            pages = [*pages, seq.holding.recent]
+            tokens += seq.computed % PAGE_TOKENS
+        if not pages:
             return np.empty(0)
-        page = self.memory.recent.pages[self._recent_order[seq.holding.recent]]
         spec, shape = self.spec.fine, self.shape
-        parts = [open_parts(spec, shape, page, layer) for layer in range(shape.num_layers)]
-        read = np.array([[view.read(np.array([0])) for view in part] for part in parts])
-        return read[..., : seq.computed % PAGE_TOKENS, :].transpose(1, 0, 3, 2, 4)
+        read = []
+        for page in self.memory.recent.pages[self._recent_order[pages]]:
+            parts = [open_parts(spec, shape, page, layer) for layer in range(shape.num_layers)]
+            read.append([[view.read(np.array([0])) for view in part] for part in parts])
+        joined = np.concatenate(read, axis=-2)  # of [L, K and V, Hkv, 64, D]
+        return joined[..., :tokens, :].transpose(1, 0, 3, 2, 4)
 
     def oracle(self, compute: Callable[..., Array], seq: Sequence) -> Array:
         """What ``exact`` or ``plain`` gives for all rows of a sequence, ``[L, N, H, D]``."""
         if compute.__name__ not in seq.known:
-            layers = zip(seq.q, seq.k, seq.v, strict=True)
-            rows = [compute(self.spec, *qkv, self.window) for qkv in layers]
+            formats = LayerFormats.of(self.spec, self.shape)
+            layers = zip(formats, seq.q, seq.k, seq.v, strict=True)
+            rows = [compute(each, qkv, self.window) for each, *qkv in layers]
             seq.known[compute.__name__] = np.stack(rows)
         return seq.known[compute.__name__]
 
 
 def open_parts(spec: KVSpec, shape: KVShape, page: Array, layer: int) -> tuple[PartView, PartView]:
     """The K and V parts of one layer of one page, for all heads."""
-    dim, k_bytes = shape.head_dim, spec.k.part_bytes(shape.head_dim)
-    heads = page.reshape(1, shape.num_layers, shape.num_kv_heads, -1)[:, layer]
-    return (
-        PartView(spec.k, "k", dim, heads[..., :k_bytes]),
-        PartView(spec.v, "v", dim, heads[..., k_bytes:]),
-    )
+    opened = open_pages(spec, shape, page[None])[layer]
+    return opened.k, opened.v
 
 
 def errors(driver: Driver, seq: Sequence) -> tuple[Array, Array]:

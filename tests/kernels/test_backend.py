@@ -9,22 +9,44 @@ import pytest
 from numpy.typing import NDArray
 
 from kvant.errors import ConfigError
-from kvant.formats import FORMATS, PAGE_TOKENS, KVShape, KVSpec
+from kvant.formats import FORMATS, PAGE_TOKENS, PRESETS, KVShape, KVSpec
+from kvant.formats.pages import open_pages
 from kvant.kernels import BACKENDS, KVMemory, make_backend
-from tests.kernels.driver import Driver, Sequence, assert_as_good_as_plain, errors, open_parts
+from tests.kernels.attention_oracle import LayerFormats, stored
+from tests.kernels.driver import Driver, Sequence, assert_as_good_as_plain, errors
 
-SPECS = (*FORMATS, "k8v4h", "k=int4h,v=f16", "int4h+r64", "int4h+r64:bf16", "k8v4+r64:f32")
-FEW_SPECS = ("f32", "int8", "k8v4h", "int4h+r64")
+PAIR = "k=int8h,v=int4h"
+BY_LAYER = "k4v4;0,-1=int8h"
+
+SPECS = (
+    *(name for name, fmt in FORMATS.items() if not fmt.by_page),
+    *PRESETS,
+    PAIR,
+    BY_LAYER,
+    "k=int4h,v=f16",
+    "int4h+r64",
+    "int4h+r64:bf16",
+    "int4h+s64r64",
+    "k=int8,v=int4+r64:f32",
+    "k=int4,v=int3c+r64:k=int8h,v=f16",
+    "int5c+s64r64:bf16;1=k=f32,v=int2m",
+)
+FEW_SPECS = ("f32", "int8", PAIR, "int4h+r64", "k4v4")
 
 # Lengths around page borders; with MIXED chunks their prompts and decodes share batches.
 LENGTHS = (1, 63, 64, 65, 127, 128, 129, 193)
 MIXED = (1, 17, 1, 200, 1, 64)
 
 
+def _layers(kv: str, least: int = 2) -> int:
+    """As many that a spec which names some has others too."""
+    return 3 if ";" in kv else least
+
+
 @pytest.mark.parametrize("kv", SPECS)
 def test_a_batch_of_prompts_and_decodes_over_shuffled_pages(backend: str, kv: str) -> None:
     """Sequences of all lengths in one batch, each with its own chunks and its own pages."""
-    driver = Driver(backend, kv, layers=2)
+    driver = Driver(backend, kv, layers=_layers(kv))
     sequences = [driver.add(length) for length in LENGTHS]
     driver.run(*sequences, chunks=MIXED)
     assert_as_good_as_plain(driver, *sequences)
@@ -51,13 +73,14 @@ def test_query_heads_that_share_keys(backend: str, kv: str, share: int) -> None:
     assert_as_good_as_plain(driver, *sequences)
 
 
-@pytest.mark.parametrize("head_dim", (8, 64, 80, 96, 128, 256))
+@pytest.mark.parametrize("head_dim", (8, 64, 80, 96, 112, 128, 256))
 @pytest.mark.parametrize("kv", SPECS)
 def test_head_dims(backend: str, kv: str, head_dim: int) -> None:
-    driver = Driver(backend, kv, head_dim=head_dim)
-    sequences = [driver.add(length) for length in (5, 70)]
-    driver.run(*sequences, chunks=(66, 1))
-    assert_as_good_as_plain(driver, *sequences)
+    """Two full groups, so that a coarse page is seen behind a sink."""
+    driver = Driver(backend, kv, head_dim=head_dim, layers=_layers(kv, 1))
+    seq = driver.add(135)
+    driver.run(seq, chunks=(130, 1))
+    assert_as_good_as_plain(driver, seq)
 
 
 @pytest.mark.parametrize("window", (1, 5, 63, 64, 65, 100, 1000))
@@ -71,7 +94,7 @@ def test_a_window_ends_before_its_length(backend: str, kv: str, window: int) -> 
     assert_as_good_as_plain(driver, *sequences)
 
 
-@pytest.mark.parametrize("kv", ("f32", "int8h", "int4h+r64"))
+@pytest.mark.parametrize("kv", ("f32", "int8h", "int4h+r64", "k4v4"))
 def test_scores_far_apart_neither_overflow_nor_vanish(backend: str, kv: str) -> None:
     """Softmax subtracts the maximum: scores of thousands, of both signs."""
     driver = Driver(backend, kv)
@@ -82,17 +105,30 @@ def test_scores_far_apart_neither_overflow_nor_vanish(backend: str, kv: str) -> 
 
 
 @pytest.mark.parametrize(
-    "kv", ("bf16", "int8", "int4h", "k8v4h", "int4h+r64", "int8+r64:bf16", "int8+r64:f32")
+    "kv",
+    (
+        "bf16",
+        "int8",
+        "int4h",
+        PAIR,
+        "int4h+r64",
+        "int8+r64:bf16",
+        "int8+r64:f32",
+        "int4m+s64r64",
+        "k4v4",
+        "k8v8",
+        BY_LAYER,
+    ),
 )
 def test_chunks_leave_no_trace(backend: str, kv: str) -> None:
     """Pages are equal bit by bit whatever was computed in which step, and outputs within
     float32 rounding. Held down: prompts whose recent tokens are seen in another precision
     than they would be in a decode, so that logits depend on the batch."""
-    whole = Driver(backend, kv, layers=2)
+    whole = Driver(backend, kv, layers=_layers(kv))
     seq = whole.add(130)
     whole.run(seq)
     for chunk in (64, 17, 1):
-        driver = Driver(backend, kv, layers=2)
+        driver = Driver(backend, kv, layers=_layers(kv))
         again = driver.replay(seq)
         driver.run(again, chunks=(chunk,))
         assert_as_good_as_plain(driver, again)
@@ -103,30 +139,43 @@ def test_chunks_leave_no_trace(backend: str, kv: str) -> None:
 @pytest.mark.parametrize("kv", SPECS)
 def test_pages_are_the_formats_own_bytes(backend: str, kv: str) -> None:
     """Head pages of K then V, layer by layer, in the byte map that :class:`PartView` defines,
-    so that pages move between backends. Unwritten slots keep what they had."""
-    driver = Driver(backend, kv, layers=2)
-    seq = driver.add(100)
+    so that pages move between backends: two full groups and an open one. A full group is encoded
+    from what its fine page kept. Unwritten slots keep what they had."""
+    length = 2 * PAGE_TOKENS + 36
+    driver = Driver(backend, kv, layers=_layers(kv))
+    seq = driver.add(length)
     driver.run(seq, chunks=(70, 1))
     spec, shape = driver.spec, driver.shape
-    fine = spec.recent
-    k, v = (x if fine is None else fine.decode(fine.encode(x), 64) for x in (seq.k, seq.v))
-    for page, stored in enumerate(driver.base_bytes(seq)):
-        first, last = page * PAGE_TOKENS, min((page + 1) * PAGE_TOKENS, 100)
-        expected = _page(spec, shape, k[:, first:last], v[:, first:last])
-        np.testing.assert_array_equal(stored, expected)
-    if fine is not None:
-        expected = fine.dequantize(fine.encode(np.stack((seq.k, seq.v))[:, :, 64:]), 64)
-        np.testing.assert_array_equal(driver.recent_vectors(seq), expected)
+    formats = LayerFormats.of(spec, shape)
+    kept = [_kept(at, k, v) for at, k, v in zip(formats, seq.k, seq.v, strict=True)]
+    found = driver.base_bytes(seq)
+    assert len(found) == 2 - spec.sink + (spec.recent is None)
+    for group, stored_page in enumerate(found, start=spec.sink):
+        rows = slice(group * PAGE_TOKENS, min((group + 1) * PAGE_TOKENS, length))
+        page = np.full((1, spec.page_bytes(shape)), 0xFF, np.uint8)
+        for opened, (k, v) in zip(open_pages(spec, shape, page), kept, strict=True):
+            if spec.recent is None:
+                slots = np.arange(rows.stop - rows.start)
+                opened.write(np.zeros_like(slots), slots, k[rows], v[rows])
+            else:
+                opened.fill(np.array([0]), k[None, rows], v[None, rows])
+        np.testing.assert_array_equal(stored_page, page[0])
+    if spec.recent is not None:
+        in_fine = np.arange(length) // PAGE_TOKENS == length // PAGE_TOKENS
+        in_fine[: PAGE_TOKENS * spec.sink] = True
+        expected = []
+        for at, *vectors in zip(formats, seq.k, seq.v, strict=True):
+            assert at.fine is not None
+            pairs = zip(at.fine, vectors, strict=True)
+            expected.append([stored(fine, x)[in_fine] for fine, x in pairs])
+        np.testing.assert_array_equal(driver.recent_vectors(seq), np.array(expected).swapaxes(0, 1))
 
 
-def _page(spec: KVSpec, shape: KVShape, k: NDArray[Any], v: NDArray[Any]) -> NDArray[np.uint8]:
-    """A page that holds ``k, v [L, n, H, D]`` in its first slots, poisoned elsewhere."""
-    page = np.full(spec.page_bytes(shape), 0xFF, np.uint8)
-    slots = np.arange(k.shape[1])
-    for layer in range(shape.num_layers):
-        for view, x in zip(open_parts(spec, shape, page, layer), (k, v), strict=True):
-            view.write(np.zeros_like(slots), slots, x[layer])
-    return page
+def _kept(at: LayerFormats, k: NDArray[Any], v: NDArray[Any]) -> list[NDArray[Any]]:
+    """What a full group of keys and values ``[N, Hkv, D]`` is encoded from."""
+    if at.fine is None:
+        return [k, v]
+    return [fine.unrotate(stored(fine, x)) for fine, x in zip(at.fine, (k, v), strict=True)]
 
 
 @pytest.mark.parametrize("kv", FEW_SPECS)
@@ -171,8 +220,8 @@ def test_what_nobody_wrote_is_never_seen(backend: str, kv: str) -> None:
     pages behind a mask."""
     outputs = []
     for poison in (0x00, 0xFF, 0x3C, 0x7E):
-        driver = Driver(backend, kv, poison=poison)
-        sequences = [driver.add(length) for length in (1, 65, 130)]
+        driver = Driver(backend, kv, poison=poison, layers=_layers(kv, 1))
+        sequences = [driver.add(length) for length in (1, 65, 150)]
         driver.run(*sequences, chunks=MIXED)
         outputs.append(np.concatenate([seq.out for seq in sequences], axis=1))
     for output in outputs[1:]:
@@ -182,20 +231,33 @@ def test_what_nobody_wrote_is_never_seen(backend: str, kv: str) -> None:
 @pytest.mark.parametrize("side", ("k", "v"))
 @pytest.mark.parametrize("window", (None, 50))
 @pytest.mark.parametrize("poison", (np.nan, np.inf))
-@pytest.mark.parametrize("kv", ("f32", "f16", "int8", "int4h", "int4h+r64"))
+@pytest.mark.parametrize(
+    ("kv", "token"),
+    (
+        *((kv, 70) for kv in ("f32", "f16", "int8", "int4h", "int4h+r64", "k8v8", "k4v2")),
+        *((kv, 10) for kv in ("int4h+s64r64", "k8v8", "k4v2", "int4c+r64")),
+    ),
+)
 def test_a_broken_token_reaches_only_those_who_see_it(
-    backend: str, kv: str, poison: float, window: int | None, side: str
+    backend: str, kv: str, token: int, poison: float, window: int | None, side: str
 ) -> None:
-    """One element of one KV head of token 70 is broken. Queries before it, behind the window
-    or of other heads are as good as ever; with a NaN all others are NaN, which is loud."""
+    """One element of one KV head of a token is broken. Queries before it, behind the window or
+    of other heads are as good as ever; with a NaN all others are NaN, which is loud.
+
+    A format by page shares a channel's scale between 64 tokens: the whole page is NaN for those
+    who see any of it in that form. It is never the own group of a query, nor a sink."""
     driver = Driver(backend, kv, window=window)
     seq, other = driver.add(193), driver.add(80)
     clean = Sequence(seq.tokens, seq.q, seq.k.copy(), seq.v.copy(), seq.out)
-    getattr(seq, side)[0, 70, 1, 5] = poison
+    getattr(seq, side)[0, token, 1, 5] = poison
     driver.run(seq, other, chunks=(120, 1, 64))
     assert_as_good_as_plain(driver, other)
     sees = np.zeros((1, 193, driver.heads), bool)
-    sees[:, 70 : 193 if window is None else 70 + window, 2:] = True
+    reach = 193 if window is None else window
+    sees[:, token : token + reach, 2:] = True
+    end = (token // PAGE_TOKENS + 1) * PAGE_TOKENS
+    if getattr(driver.spec, side).by_page and not (driver.spec.sink and token < PAGE_TOKENS):
+        sees[:, end : end - 1 + reach, 2:] = True
     error, in_plain = errors(driver, clean)  # shares its outputs with the broken sequence
     assert error[~sees].max() <= 2 * in_plain.max()
     if np.isnan(poison):
@@ -255,10 +317,18 @@ def test_memory_for_vectors_that_do_not_fit_is_refused() -> None:
         KVMemory.allocate(KVSpec.parse("int8"), shape, 1, 0, 0)
 
 
-@pytest.mark.parametrize("kv", FEW_SPECS)
+def test_memory_for_layers_that_do_not_exist_is_refused() -> None:
+    shape = KVShape(num_layers=2, num_kv_heads=1, head_dim=64)
+    with pytest.raises(ConfigError, match="layer 2"):
+        KVMemory.allocate(KVSpec.parse("k4v4;2=int8h"), shape, 1, 2, 64)
+
+
+@pytest.mark.parametrize("kv", (*FEW_SPECS, BY_LAYER, "int4h+r64;1=f32"))
 def test_memory_is_that_of_the_spec(kv: str) -> None:
+    """Scratch pages have room for the largest layer."""
     spec, shape = KVSpec.parse(kv), KVShape(num_layers=3, num_kv_heads=2, head_dim=64)
     memory = KVMemory.allocate(spec, shape, 5, 4, 6 * 64 + 63)
     assert memory.base.nbytes == 5 * spec.page_bytes(shape)
     assert memory.recent.nbytes == 4 * spec.fine.page_bytes(shape)
-    assert memory.scratch.nbytes * 3 == 6 * spec.fine.page_bytes(shape)
+    largest = max(at.k.part_bytes(64) + at.v.part_bytes(64) for at in spec.fine.layout(shape))
+    assert memory.scratch.nbytes == 6 * 2 * largest

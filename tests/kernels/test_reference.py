@@ -8,7 +8,7 @@ import pytest
 from tests.kernels.driver import Driver
 
 
-@pytest.mark.parametrize("kv", ["f32", "int8", "k8v4h", "int4h+r64"])
+@pytest.mark.parametrize("kv", ["f32", "int8", "int4h+r64", "k4v4", "k8v8;0=int4"])
 @pytest.mark.parametrize(("head_dim", "window"), [(64, None), (80, 70)])
 def test_outputs_are_bit_equal_for_any_chunks_and_company(
     kv: str, head_dim: int, window: int | None

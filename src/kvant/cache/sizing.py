@@ -10,15 +10,25 @@ import psutil
 from kvant.errors import ConfigError
 from kvant.formats import PAGE_TOKENS, KVShape, KVSpec
 
-__all__ = ["CacheSize", "free_memory", "size_for_bytes", "size_for_tokens"]
+__all__ = [
+    "CacheSize",
+    "free_memory",
+    "recent_per_sequence",
+    "size_for_bytes",
+    "size_for_tokens",
+]
 
 # Of a budget in bytes, at most this share goes to recent pages.
 _RECENT_SHARE = 0.25
+# With a sink, base pages for which one recent page more is there: cached prompts of this length
+# keep their first page, without which the others cannot be found.
+_PAGES_PER_CACHED_SINK = 32
 
 
 @dataclass(frozen=True, slots=True)
 class CacheSize:
-    """Pages of a cache. ``num_tokens`` is what its base pages hold."""
+    """Pages of a cache. ``num_tokens`` is what its base pages hold; what sequences keep in recent
+    pages comes on top."""
 
     num_pages: int
     num_recent: int
@@ -46,6 +56,18 @@ def free_memory() -> int:
     return free
 
 
+def recent_per_sequence(spec: KVSpec) -> int:
+    """Recent pages that a running sequence may hold: that of its open group and, with a sink,
+    that of its first."""
+    return 0 if spec.recent is None else 1 + spec.sink
+
+
+def _recent_pages(spec: KVSpec, max_sequences: int, num_pages: int) -> int:
+    """Recent pages beside ``num_pages`` base pages, where memory is no object."""
+    spare = num_pages // _PAGES_PER_CACHED_SINK if spec.sink else 0
+    return recent_per_sequence(spec) * max_sequences + spare
+
+
 def _size(spec: KVSpec, shape: KVShape, num_pages: int, num_recent: int) -> CacheSize:
     nbytes = num_pages * spec.page_bytes(shape) + num_recent * spec.fine.page_bytes(shape)
     return CacheSize(num_pages, num_recent, nbytes)
@@ -54,21 +76,23 @@ def _size(spec: KVSpec, shape: KVShape, num_pages: int, num_recent: int) -> Cach
 def size_for_bytes(spec: KVSpec, shape: KVShape, budget: int, max_sequences: int) -> CacheSize:
     """The cache that ``budget`` bytes buy.
 
-    With a recent part, each sequence that runs needs a recent page, so these limit how many run
-    at a time; they get up to a quarter of the budget.
+    With a recent part, each sequence that runs needs a recent page, with a sink two, so these
+    limit how many run at a time; and the sinks of cached prompts need some. They get up to a
+    quarter of the budget.
 
     Raises:
         ConfigError: the budget is too small for a single page.
     """
-    num_recent = 0
-    if spec.recent is not None:
+    num_recent, needed_recent = 0, recent_per_sequence(spec)
+    if needed_recent:
         most = min(int(budget * _RECENT_SHARE), budget - spec.page_bytes(shape))
         affordable = most // spec.fine.page_bytes(shape)
-        num_recent = min(max_sequences, max(1, affordable))
+        wanted = _recent_pages(spec, max_sequences, budget // spec.page_bytes(shape))
+        num_recent = min(wanted, max(needed_recent, affordable))
     rest = budget - num_recent * spec.fine.page_bytes(shape)
     num_pages = rest // spec.page_bytes(shape)
     if num_pages < 1:
-        needed = spec.page_bytes(shape) + (spec.fine.page_bytes(shape) if num_recent else 0)
+        needed = spec.page_bytes(shape) + needed_recent * spec.fine.page_bytes(shape)
         raise ConfigError(
             f"a KV cache of {budget} bytes holds no page of {PAGE_TOKENS} tokens; "
             f"{spec} needs at least {needed} bytes for this model, give more with kv_memory"
@@ -78,5 +102,5 @@ def size_for_bytes(spec: KVSpec, shape: KVShape, budget: int, max_sequences: int
 
 def size_for_tokens(spec: KVSpec, shape: KVShape, tokens: int, max_sequences: int) -> CacheSize:
     """The cache that holds ``tokens`` tokens."""
-    num_recent = max_sequences if spec.recent is not None else 0
-    return _size(spec, shape, -(-tokens // PAGE_TOKENS), num_recent)
+    num_pages = -(-tokens // PAGE_TOKENS)
+    return _size(spec, shape, num_pages, _recent_pages(spec, max_sequences, num_pages))

@@ -16,12 +16,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kvant import __version__
-from kvant.cache.sizing import free_memory
+from kvant.cache.sizing import free_memory, recent_per_sequence
 from kvant.cli.options import add_options, read_options
 from kvant.cli.terminal import import_engine, table
 from kvant.config import EngineConfig, parse_bytes
 from kvant.errors import ConfigError
-from kvant.formats import FORMATS, PAGE_TOKENS, PRESETS, KVSpec
+from kvant.formats import ABOUT, FORMATS, PAGE_TOKENS, PRESETS, KVShape, KVSpec
 from kvant.kernels import BACKENDS
 from kvant.machine import cpu, isa, package_version
 
@@ -29,18 +29,6 @@ if TYPE_CHECKING:
     from kvant.models.config import DecoderConfig
 
 __all__ = ["configure", "run"]
-
-ABOUT = {
-    "f32": "exact",
-    "f16": "16-bit floats of 11 bits precision, up to 65504",
-    "bf16": "16-bit floats of 8 bits precision (quant_policy 0)",
-    "int8": "asymmetric integers, a scale and a zero per token and head (quant_policy 8)",
-    "int4": "the same with 4 bits (quant_policy 4)",
-    "int8h": "int8 of Hadamard-rotated vectors",
-    "int4h": "int4 of Hadamard-rotated vectors",
-    "k8v4": "int8 keys, int4 values",
-    "k8v4h": "int8h keys, int4h values",
-}
 
 # Options of the engine that change nothing about memory.
 _UNRELATED = (
@@ -52,6 +40,7 @@ _UNRELATED = (
 )
 _PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "gguf")
 _GIB = 2**30
+_CONTEXT = 4096  # tokens over which finer groups are spread in figures of bits
 
 Json = dict[str, Any]
 
@@ -93,7 +82,7 @@ def _machine() -> Json:
         "gpus": _gpus(),
         "backends": ["auto", *BACKENDS],
         "auto_backend": next(iter(BACKENDS)),
-        "formats": [_format_row(name) for name in (*FORMATS, *PRESETS)],
+        "formats": [_format_row(name) for name in _names()],
     }
 
 
@@ -110,14 +99,16 @@ def _gpus() -> list[str]:
     return done.stdout.strip().splitlines() if done.returncode == 0 else []
 
 
+def _names() -> list[str]:
+    """Formats that can be used alone, and presets."""
+    return [*(name for name, fmt in FORMATS.items() if not fmt.by_page), *PRESETS]
+
+
 def _format_row(name: str) -> Json:
     spec = KVSpec.parse(name)
-    return {
-        "name": name,
-        "bits_64": spec.bits_per_element(64),
-        "bits_128": spec.bits_per_element(128),
-        "about": ABOUT.get(name, ""),
-    }
+    shapes = {dim: KVShape(num_layers=1, num_kv_heads=1, head_dim=dim) for dim in (64, 128)}
+    bits = {f"bits_{dim}": spec.bits_per_element(shapes[dim], _CONTEXT) for dim in shapes}
+    return {"name": name, **bits, "about": ABOUT[name]}
 
 
 def _machine_text(facts: Json) -> str:
@@ -137,9 +128,11 @@ def _machine_text(facts: Json) -> str:
             "",
             table(("KV format", "bits D=64", "D=128", ""), rows, left=(0, 3)),
             "",
-            f'Bits are per element, metadata included. Also: "k=int8h,v=int4h" for keys and values '
-            f'apart, "+r{PAGE_TOKENS}"',
-            "for a finer format in the most recent group. kvant info MODEL shows what fits.",
+            f"Bits are per element, metadata and finer groups included, at {_CONTEXT} tokens.",
+            f'Also: "k=int8h,v=int4h" for keys and values apart, "+r{PAGE_TOKENS}" for a finer '
+            "format in the most",
+            f'recent group, "+s{PAGE_TOKENS}r{PAGE_TOKENS}" in the first too, ";0,-1=int8h" for '
+            "single layers. kvant info MODEL shows what fits.",
         )
     )
 
@@ -152,7 +145,7 @@ def _model(name: str, config: EngineConfig, memory: int | None) -> Json:
     from kvant.engine.load import open_checkpoint
 
     model = open_checkpoint(path).config
-    chosen = config.kv_spec()
+    chosen = config.kv_spec(model.architecture)
     weights = _num_weights(model) * (4 if config.dtype == "float32" else 2)
     if memory is None:
         memory = max(free_memory() - weights, 1)
@@ -173,27 +166,20 @@ def _model(name: str, config: EngineConfig, memory: int | None) -> Json:
 
 
 def _specs(chosen: KVSpec) -> list[KVSpec]:
-    """Every format and preset, those with 4-bit parts also with a recent group, and the one
-    that was asked for."""
-    specs = [KVSpec.parse(name) for name in (*FORMATS, *PRESETS)]
-    recent = [KVSpec.parse(f"{spec}+r{PAGE_TOKENS}") for spec in specs if _is_coarse(spec)]
-    known = [*specs, *recent]
+    """Every format that can be used alone, every preset, and the one that was asked for."""
+    known = [KVSpec.parse(name) for name in _names()]
     return known if chosen in known else [*known, chosen]
-
-
-def _is_coarse(spec: KVSpec) -> bool:
-    return min(spec.k.bits_per_element(128), spec.v.bits_per_element(128)) < 8
 
 
 def _cache_row(spec: KVSpec, config: EngineConfig, model: DecoderConfig, memory: int) -> Json:
     """What a cache of this format takes and holds; ``problem`` says why there can be none."""
     from kvant.engine.load import cache_size
 
-    row: Json = {"kv": str(spec)}
+    row: Json = {"kv": str(spec), "name": spec.label}
     shape = model.kv_shape
     try:
-        spec.check_head_dim(model.head_dim)
-        row["bits_per_element"] = spec.bits_per_element(model.head_dim)
+        spec.check(shape)
+        row["bits_per_element"] = spec.bits_per_element(shape, _CONTEXT)
         row["bytes_per_token"] = spec.bytes_per_token(shape)
         row["page_bytes"] = spec.page_bytes(shape)
         row["tokens_per_gib"] = spec.tokens_per_gib(shape)
@@ -202,8 +188,10 @@ def _cache_row(spec: KVSpec, config: EngineConfig, model: DecoderConfig, memory:
         return row | {"problem": str(error)}
     length = config.session_len or model.max_positions
     requests = size.num_pages // -(-length // PAGE_TOKENS)
-    if spec.recent is not None:  # each needs a recent page; full groups leave it
-        requests = min(size.num_pages // max(1, length // PAGE_TOKENS), size.num_recent)
+    if each := recent_per_sequence(spec):  # full groups leave the recent page, but for the sink
+        full = length // PAGE_TOKENS - spec.sink
+        most = min(size.num_recent // each, config.max_batch_size)
+        requests = min(size.num_pages // max(1, full), most)
     return row | {
         "num_pages": size.num_pages,
         "num_recent": size.num_recent,
@@ -244,7 +232,7 @@ def _model_text(facts: Json) -> str:
 
 
 def _cache_cells(row: Mapping[str, Any], *, chosen: bool) -> tuple[str, ...]:
-    name = row["kv"] + (" *" if chosen else "")
+    name = row["name"] + (" *" if chosen else "")
     if "bits_per_element" not in row:
         return name, "-", "-", "-", "-", "-", "-"
     return (

@@ -16,13 +16,15 @@ from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from kvant.config import EngineConfig
 from kvant.errors import ConfigError, did_you_mean
-from kvant.formats import KVSpec
+from kvant.formats import KVSpec, is_auto
 
 __all__ = ["Parser", "add_options", "read_options", "split_specs"]
 
 T = TypeVar("T")
 
-_SIDE = re.compile(r"\s*[kv]\s*=", re.IGNORECASE)  # how half of a spec of two formats begins
+# How the second half of a pair of formats, and a layer behind another, begin in a list.
+_SIDE = re.compile(r"\s*[kv]\s*=", re.IGNORECASE)
+_LAYER = re.compile(r"\s*-?\d+\s*(=|$)")
 
 
 class Parser(argparse.ArgumentParser):
@@ -102,20 +104,32 @@ def read_options(options: argparse.Namespace, config: type[T]) -> T:
 
 
 def split_specs(text: str) -> list[KVSpec]:
-    """The KV specs of a comma list; a spec may hold a comma itself, as ``k=int8h,v=int4h`` does.
+    """The KV specs of a comma list; a spec may hold commas itself, as ``k=int8h,v=int4h`` and
+    ``int8;0,1=f16`` do.
 
     Raises:
         ConfigError: an entry is empty or no spec.
     """
     entries: list[str] = []
     for piece in text.split(","):
-        if _SIDE.match(piece) and entries and _SIDE.match(entries[-1]) and "," not in entries[-1]:
+        if entries and (_LAYER.match(piece) or _is_second_side(piece, entries[-1])):
             entries[-1] += f",{piece}"
         else:
             entries.append(piece)
     if not all(entry.strip() for entry in entries):
         raise ConfigError(f'the list of KV formats "{text}" has an empty entry; leave it out')
+    if any(is_auto(entry) for entry in entries):
+        raise ConfigError('"auto" depends on the model and cannot be compared; name formats')
     return [EngineConfig(kv=entry.strip()).kv_spec() for entry in entries]
+
+
+def _is_second_side(piece: str, before: str) -> bool:
+    """Whether ``before`` ends in one side of a pair and ``piece`` begins with the other."""
+    pair = before.rpartition(";")[2].rpartition(":")[2]
+    _, equals, rest = pair.partition("=")
+    if equals and not _SIDE.match(pair):  # "0,1=k=int8h"
+        pair = rest
+    return bool(_SIDE.match(piece) and _SIDE.match(pair)) and "," not in pair
 
 
 def _help(field: dataclasses.Field[Any]) -> str:

@@ -1,6 +1,7 @@
 """From the words of a command line to an exit code.
 
-    kvant COMMAND ...  ->  kvant.cli.COMMAND: configure(parser), run(options) -> exit code
+    kvant COMMAND ...    ->  kvant.cli.COMMAND: configure(parser), run(options) -> exit code
+    kvant eval TASK ...  ->  kvant.cli.eval_TASK
 
 Everything that takes time to import is imported inside commands, so that ``--help``,
 ``--version`` and mistyped words are answered at once. Exit codes: those of
@@ -29,6 +30,13 @@ COMMANDS = {
     "chat": "talk to a model",
     "info": "this machine, the KV formats, and what a model's cache takes",
     "eval": "what KV formats cost on a model and a text",
+}
+
+TASKS = {
+    "eval": {
+        "fidelity": "perplexity, divergence, greedy agreement, signal to noise of formats",
+        "tune": "the formats of each layer that lose least for a budget of bits",
+    }
 }
 
 _USAGE = f"""usage: kvant COMMAND [options]
@@ -83,7 +91,7 @@ def _dispatch(words: list[str]) -> int:
         if first != "help" or len(words) == 1:
             print(_USAGE, end="")
             return 0
-        first, words = words[1], [words[1], "--help"]
+        first, words = words[1], [*words[1:], "--help"]
     if not words:
         print(_USAGE, end="", file=sys.stderr)
         return 2
@@ -92,7 +100,24 @@ def _dispatch(words: list[str]) -> int:
         raise ConfigError(
             f'no {kind} "{first}"{did_you_mean(first, COMMANDS)} Commands: {", ".join(COMMANDS)}'
         )
+    if first in TASKS:
+        return _dispatch_task(first, words[1:])
     return _run(first, words[1:])
+
+
+def _dispatch_task(command: str, words: list[str]) -> int:
+    tasks = TASKS[command]
+    first = words[0] if words else ""
+    if first in ("--help", "-h"):
+        about = "\n".join(f"  {name:<10} {about}" for name, about in tasks.items())
+        print(f"usage: kvant {command} TASK MODEL [options]\n\ntasks:\n{about}")
+        return 0
+    if first not in tasks:
+        raise ConfigError(
+            f'kvant {command} has no task "{first}"{did_you_mean(first, tasks)} '
+            f"Tasks: {', '.join(tasks)}, then MODEL"
+        )
+    return _run(f"{command} {first}", words[1:])
 
 
 def _run(name: str, words: list[str]) -> int:
@@ -100,7 +125,7 @@ def _run(name: str, words: list[str]) -> int:
 
     from kvant.cli.options import Parser
 
-    command: ModuleType = import_module(f"kvant.cli.{name}")
+    command: ModuleType = import_module(f"kvant.cli.{name.replace(' ', '_')}")
     parser = Parser(prog=f"kvant {name}", description=command.__doc__)
     command.configure(parser)
     code: int = command.run(parser.read(words))

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvant.cache.paged import PagedCache
+from kvant.cache.sizing import recent_per_sequence
 from kvant.engine.plan import StepPlan, make_batch
 from kvant.engine.sampler import Sampled, sample
 from kvant.engine.scheduler import Scheduler
@@ -83,14 +84,16 @@ class Engine:
         self.session_len = session_len
         self._model = model
         self.backend = backend
-        self._num_recent = memory.recent.num_pages
         self._cache = PagedCache(
-            memory.base.num_pages, self._num_recent, prefix_caching=prefix_caching
+            memory.base.num_pages,
+            memory.recent.num_pages,
+            sink=memory.spec.sink,
+            prefix_caching=prefix_caching,
         )
+        if each := recent_per_sequence(memory.spec):
+            max_batch_size = min(max_batch_size, memory.recent.num_pages // each)
         self.scheduler = Scheduler(
-            self._cache,
-            max_sequences=min(max_batch_size, self._num_recent or max_batch_size),
-            max_step_tokens=max_step_tokens,
+            self._cache, max_sequences=max_batch_size, max_step_tokens=max_step_tokens
         )
         self._requests: dict[int, Request] = {}
         self._check = check
@@ -144,6 +147,7 @@ class Engine:
     def clear_prefix_cache(self) -> None:
         """Forget cached prefixes that no running request holds."""
         self._cache.base.clear_cached()
+        self._cache.recent.clear_cached()
 
     def step(self) -> StepPlan | None:
         """Plan, compute, sample, commit. Returns what was done, None if there was nothing."""
@@ -153,7 +157,7 @@ class Engine:
         for copy in plan.copies:
             pool = self.memory.recent if copy.recent else self.memory.base
             pool.copy(copy.source, copy.target)
-        batch = make_batch(plan, self._num_recent)
+        batch = make_batch(plan, self.memory.recent.num_pages, sink=self.memory.spec.sink)
         self._commit(plan, self._model.forward(batch, self.backend))
         self._steps += 1
         if self._check:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,16 @@ from kvant.cache.sizing import CacheSize, free_memory, size_for_bytes, size_for_
 from kvant.config import EngineConfig, parse_bytes
 from kvant.engine.engine import Engine
 from kvant.errors import ConfigError
-from kvant.formats import KVShape, KVSpec
+from kvant.formats import KVShape, KVSpec, is_auto
+from kvant.formats.auto import choose_preset
 from kvant.kernels import KVMemory, check_backend, make_backend
 from kvant.loading.checkpoint import Checkpoint, Progress, load_weights
 from kvant.loading.resolve import resolve_model
 from kvant.loading.tokenizer import Tokenizer
 from kvant.models.config import DecoderConfig
 from kvant.models.decoder import Decoder, DecoderWeights
+
+_log = logging.getLogger("kvant")
 
 __all__ = [
     "LoadedModel",
@@ -140,7 +144,11 @@ def open_model(name: str, config: EngineConfig) -> OpenModel:
     _share_cores(config.num_threads)
     path = resolve_model(name, revision=config.revision, download_dir=config.download_dir)
     checkpoint = open_checkpoint(path)
-    config.kv_spec().check_head_dim(checkpoint.config.head_dim)
+    model = checkpoint.config
+    config.kv_spec(model.architecture).check(model.kv_shape)
+    if is_auto(config.kv):
+        choice = choose_preset(model.architecture)
+        _log.warning("kv=auto: %s, %s", choice.preset, choice.reason)
     return OpenModel(name=name, checkpoint=checkpoint, tokenizer=checkpoint.tokenizer())
 
 
@@ -148,8 +156,8 @@ def start_model(opened: OpenModel, weights: DecoderWeights, config: EngineConfig
     """The last part of :func:`load_model`: an engine. Several engines, each with its own KV
     format and pool, may share the weights of a model."""
     model = opened.config
-    spec = config.kv_spec()
-    spec.check_head_dim(model.head_dim)
+    spec = config.kv_spec(model.architecture)
+    spec.check(model.kv_shape)
     size = cache_size(config, spec, model.kv_shape)
     session_len = _session_len(config, model, size)
     step_tokens = config.max_prefill_token_num

@@ -47,26 +47,26 @@ class StepPlan:
     preempted: tuple[int, ...] = ()
 
 
-def _fine_pages(part: Slice, num_recent: int, next_scratch: int) -> list[int]:
+def _fine_pages(part: Slice, num_recent: int, next_scratch: int, *, sink: bool) -> list[int]:
     """The fine page of each group that a slice touches; see :class:`BatchSequence`.
 
-    The open group's tokens stay in the recent page; a group that starts and ends in this slice
-    only passes through scratch.
+    The sink's tokens stay in its own page, the open group's in the recent page; a group that
+    starts and ends in this slice only passes through scratch.
     """
-    if part.start % PAGE_TOKENS:
-        assert part.recent is not None, "an open group has a recent page"
-        return [part.recent]
-    full = part.end // PAGE_TOKENS - part.start // PAGE_TOKENS
-    pages = [num_recent + next_scratch + index for index in range(full)]
+    first, full = part.start // PAGE_TOKENS, part.end // PAGE_TOKENS
+    pages: list[int] = [part.pages[0]] if sink and first == 0 else []
+    if part.start % PAGE_TOKENS == 0:
+        count = full - first - len(pages)
+        pages += range(num_recent + next_scratch, num_recent + next_scratch + count)
     return pages if part.recent is None else [*pages, part.recent]
 
 
-def make_batch(plan: StepPlan, num_recent: int) -> Batch:
+def make_batch(plan: StepPlan, num_recent: int, *, sink: bool) -> Batch:
     """The arrays of a plan; ``num_recent`` is 0 for a spec without a recent part."""
     sequences, positions, logit_rows = [], [], []
     row = scratch = 0
     for part in plan.slices:
-        fine = _fine_pages(part, num_recent, scratch) if num_recent else []
+        fine = _fine_pages(part, num_recent, scratch, sink=sink) if num_recent else []
         scratch += sum(page >= num_recent for page in fine)
         count = part.end - part.start
         sequences.append(

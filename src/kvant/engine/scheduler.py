@@ -102,17 +102,15 @@ class Scheduler:
     def _admit(self, slices: list[Slice], copies: list[PageCopy], budget: int) -> None:
         """Start waiting requests, in order, while rows, places and pages for all of their
         tokens last. A request alone in the engine is always started: it fits the pool."""
-        outstanding = sum(
-            max(self.cache.base_pages(len(r.tokens)) - len(r.holding.pages), 0)
-            for r in self.running
-        )
+        missing = self.cache.missing_base_pages
+        outstanding = sum(missing(r.holding, len(r.tokens)) for r in self.running)
         for request in list(self.waiting):
             if budget <= 0 or len(self.running) >= self._max_sequences:
                 return
             if self._leader_is_ahead(request):
                 continue
             self._adopt(request)
-            needed = self.cache.base_pages(len(request.tokens)) - len(request.holding.pages)
+            needed = missing(request.holding, len(request.tokens))
             # One page more for each runner, so that decoding on does not preempt at once.
             headroom = outstanding + len(self.running)
             fits = self.cache.base.num_available >= needed + headroom
@@ -126,7 +124,7 @@ class Scheduler:
             request.status = Status.RUNNING
             if not request.num_preemptions:
                 request.cached_tokens = part.start
-            outstanding += self.cache.base_pages(len(request.tokens)) - len(part.pages)
+            outstanding += missing(request.holding, len(request.tokens))
             slices.append(part)
             budget -= part.end - part.start
 
@@ -164,4 +162,4 @@ class Scheduler:
             assert ids == sorted(set(ids)), "a queue is out of order"
         for r in self.running:
             assert 0 <= r.computed < len(r.tokens), "a running request has nothing to compute"
-            assert len(r.holding.pages) >= self.cache.base_pages(r.computed)
+            assert len(r.holding.pages) >= self.cache.page_count(r.computed)

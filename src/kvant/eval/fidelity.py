@@ -7,31 +7,25 @@ so nothing is stored on disk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvant.api import Pipeline, Prompt, encode_prompt
-from kvant.cache.sizing import free_memory
-from kvant.config import EngineConfig, GenerationConfig
-from kvant.engine.load import OpenModel, start_model
+from kvant.api import Prompt, encode_prompt
+from kvant.config import EngineConfig
+from kvant.engine.load import OpenModel
 from kvant.errors import ConfigError, EngineDeadError, KvantError, RequestError
 from kvant.eval.metrics import Comparison, block_error, first_difference, number
-from kvant.eval.probe import Probe
+from kvant.eval.runner import CONTEXT, Prompts, Runner, Tick
 from kvant.eval.text import Text, cut_windows
 from kvant.formats import PAGE_TOKENS, KVSpec
 from kvant.models.decoder import DecoderWeights
-from kvant.request import LogitsSink
 
-__all__ = ["FidelityRow", "Greedy", "Layer", "Plan", "Tick", "evaluate", "make_plan"]
+__all__ = ["FidelityRow", "Greedy", "Layer", "Plan", "evaluate", "make_plan"]
 
-F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
-Prompts = tuple[tuple[int, ...], ...]
-Tick = Callable[[int], None]
-"""Told the number of tokens computed since the last call."""
 
 _PROMPT = 256  # tokens of a window that are continued greedily, at most half of it
 _WORST = 3
@@ -71,7 +65,7 @@ class FidelityRow:
     kv_spec           the format's spelling
     ctx               tokens of a window
     windows           windows of text; positions = ctx * windows
-    bits_per_element  of full pages, metadata included
+    bits_per_element  all bytes of a sequence of 4096 tokens, metadata and finer groups included
     bytes_per_token   of the whole model's cache
     ppl               perplexity of the tokens that follow; dppl_percent: against the baseline
     kld               mean over positions of KL(baseline || format) of the next token, nats;
@@ -157,7 +151,7 @@ def make_plan(
     if windows < 1 or greedy < 0:
         raise ConfigError(f"windows={windows} must be at least 1, and greedy={greedy} at least 0")
     for spec in (baseline, *specs):
-        spec.check_head_dim(opened.config.head_dim)
+        spec.check(opened.config.kv_shape)
     contexts = tuple(dict.fromkeys(contexts))
     cut = {ctx: cut_windows(text, opened.tokenizer, ctx, windows) for ctx in contexts}
     if prompts is None:
@@ -201,7 +195,7 @@ def evaluate(
     Raises:
         ConfigError: the logits of a window, or a cache, do not fit into the memory.
     """
-    run = _Run(opened, weights, config, tick)
+    run = Runner(opened, weights, config, tick)
     greedy = {
         prompts: _greedy(run, plan.specs, prompts, plan.greedy)
         for prompts in dict.fromkeys(plan.prompts.values())
@@ -215,49 +209,6 @@ def evaluate(
             for score in scores
         ]
     return rows
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """Starts engines that share the weights."""
-
-    opened: OpenModel
-    weights: DecoderWeights
-    config: EngineConfig
-    tick: Tick
-
-    def pipeline(self, spec: KVSpec, lengths: Sequence[int]) -> Pipeline:
-        """An engine of ``spec`` that runs sequences of these lengths together."""
-        pages = sum(-(-length // PAGE_TOKENS) + 1 for length in lengths)
-        config = replace(
-            self.config,
-            kv=spec,
-            kv_tokens=pages * PAGE_TOKENS,
-            max_batch_size=len(lengths),
-            enable_prefix_caching=False,
-        )
-        return Pipeline(start_model(self.opened, self.weights, config))
-
-    def score(self, spec: KVSpec, ids: list[int], sink: LogitsSink) -> F64:
-        """Hand the logits of every position of a window to ``sink``; the SQNR of keys and values
-        in dB ``[2, layers]``."""
-
-        def receive(start: int, logits: F32) -> None:
-            sink(start, logits)
-            self.tick(len(logits))
-
-        with self.pipeline(spec, [len(ids)]) as pipe:
-            probe = Probe.install(pipe.model.engine)
-            pipe.run([pipe.score_request(ids, receive)])
-        return probe.sqnr_db()
-
-    def generate(self, spec: KVSpec, prompts: Prompts, count: int) -> list[list[int]]:
-        """Continue prompts by ``count`` tokens, all in one batch."""
-        gen = GenerationConfig(max_new_tokens=count, ignore_eos=True)
-        with self.pipeline(spec, [len(ids) + count for ids in prompts]) as pipe:
-            done = pipe.run([pipe.generate_request(ids, gen) for ids in prompts])
-        self.tick(sum(len(ids) + count for ids in prompts))
-        return [response.token_ids for response in done]
 
 
 @dataclass(slots=True)
@@ -288,7 +239,7 @@ def _row(
         ctx=len(windows[0]),
         windows=len(windows),
         positions=len(kld),
-        bits_per_element=score.spec.bits_per_element(opened.config.head_dim),
+        bits_per_element=score.spec.bits_per_element(opened.config.kv_shape, CONTEXT),
         bytes_per_token=score.spec.bytes_per_token(opened.config.kv_shape),
         ppl=number(score.ppl),
         dppl_percent=number(100 * (score.ppl / baseline_ppl - 1)),
@@ -314,40 +265,22 @@ def _worst(sides: Mapping[str, Sequence[float | None]]) -> list[Layer]:
     return sorted(layers, key=lambda each: each.sqnr_db)[:_WORST]
 
 
-def _score(run: _Run, specs: Sequence[KVSpec], windows: list[list[int]]) -> list[_Score]:
+def _score(run: Runner, specs: Sequence[KVSpec], windows: list[list[int]]) -> list[_Score]:
     """Compare all formats with the first on each window."""
-    reference = _reserve(len(windows[0]), run.opened.config.vocab_size)
-
-    def keep(start: int, logits: F32) -> None:
-        reference[start : start + len(logits)] = logits
-
+    reference = run.room(len(windows[0]))
     scores = [_Score(spec) for spec in specs]
-    baseline = scores[0]
     for ids in windows:
         for score in scores:
-            comparison = Comparison(ids, reference)
-            sqnr_db = run.score(score.spec, ids, keep if score is baseline else comparison)
-            if score is baseline:
-                comparison(0, reference)
+            compute = run.reference if score is scores[0] else run.compare
+            comparison, sqnr_db = compute(score.spec, ids, reference)
             if not score.windows:
                 score.sqnr_db = sqnr_db
             score.windows.append(comparison)
     return scores
 
 
-def _reserve(ctx: int, vocab_size: int) -> F32:
-    """Room for the logits of a window."""
-    needed, free = 4 * ctx * vocab_size, free_memory()
-    if needed > free:
-        raise ConfigError(
-            f"the baseline's logits of ctx={ctx} tokens take {needed / 2**30:.2f} GiB and "
-            f"{free / 2**30:.2f} GiB are free; lower ctx"
-        )
-    return np.empty((ctx, vocab_size), np.float32)
-
-
 def _greedy(
-    run: _Run, specs: Sequence[KVSpec], prompts: Prompts, count: int
+    run: Runner, specs: Sequence[KVSpec], prompts: Prompts, count: int
 ) -> dict[KVSpec, Greedy | None]:
     """Where the continuations under each format leave those under the first."""
     expected = run.generate(specs[0], prompts, count)
@@ -355,7 +288,7 @@ def _greedy(
     for spec in specs[1:]:
         try:
             out[spec] = _divergence(expected, run.generate(spec, prompts, count), count)
-        except EngineDeadError:
+        except (ConfigError, RequestError, EngineDeadError):
             raise
         except KvantError:  # its logits are not finite; the other formats have figures
             out[spec] = None

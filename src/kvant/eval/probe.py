@@ -9,26 +9,14 @@ from numpy.typing import NDArray
 
 from kvant.engine.engine import Engine
 from kvant.eval.metrics import sqnr_db
-from kvant.formats import PAGE_TOKENS, PartView
+from kvant.formats import PAGE_TOKENS
+from kvant.formats.pages import open_pages
 from kvant.kernels import Backend, Batch, KVMemory
 
-__all__ = ["Probe", "read_pages"]
+__all__ = ["Probe"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
-
-
-def read_pages(memory: KVMemory, layer: int, pages: NDArray[np.int64]) -> tuple[F32, F32]:
-    """Decode whole base pages: keys and values ``[64 * len(pages), Hkv, D]`` of one layer, as
-    they were before encoding (not rotated)."""
-    spec, shape = memory.spec, memory.shape
-    dim, split = shape.head_dim, spec.k.part_bytes(shape.head_dim)
-    raw = memory.base.pages.reshape(
-        len(memory.base.pages), shape.num_layers, shape.num_kv_heads, -1
-    )
-    k = PartView(spec.k, "k", dim, raw[:, layer, :, :split]).read(pages)
-    v = PartView(spec.v, "v", dim, raw[:, layer, :, split:]).read(pages)
-    return spec.k.unrotate(k).swapaxes(0, 1), spec.v.unrotate(v).swapaxes(0, 1)
 
 
 class Probe:
@@ -42,8 +30,9 @@ class Probe:
     def __init__(self, inner: Backend, memory: KVMemory) -> None:
         self.name = inner.name
         self._inner = inner
-        self._memory = memory
-        shape = memory.shape
+        spec, shape = memory.spec, memory.shape
+        self._base = open_pages(spec, shape, memory.base.pages)
+        self._num_sink = int(spec.sink)
         self.signal: F64 = np.zeros((2, shape.num_layers))
         self.noise: F64 = np.zeros((2, shape.num_layers))
         empty = np.empty((2, 0, shape.num_kv_heads, shape.head_dim), np.float32)
@@ -67,10 +56,12 @@ class Probe:
         self._open[layer] = written[:, full:]
         if not full:
             return
-        kept = np.stack(read_pages(self._memory, layer, sequence.pages[first:last]))
-        exact = written[:, :full].astype(np.float64)
-        self.signal[:, layer] += np.square(exact).sum(axis=(1, 2, 3))
-        self.noise[:, layer] += np.square(exact - kept).sum(axis=(1, 2, 3))
+        # The sink stays in its recent page; what was re-encoded is measured.
+        skip = max(self._num_sink - first, 0)
+        kept = np.stack(self._base[layer].decode(sequence.pages[first + skip : last]))
+        exact = written[:, skip * PAGE_TOKENS : full].astype(np.float64).reshape(kept.shape)
+        self.signal[:, layer] += np.square(exact).sum(axis=(1, 2, 3, 4))
+        self.noise[:, layer] += np.square(exact - kept).sum(axis=(1, 2, 3, 4))
 
     def attend(
         self, layer: int, q: Any, batch: Batch, *, scale: float, window: int | None = None

@@ -1,6 +1,6 @@
-"""Asymmetric integers, one scale and one zero per token and KV head: int8, int4, int8h, int4h.
+"""Asymmetric integers: codes with a scale and a zero, per token or per channel.
 
-For one vector x of D float32 elements and b bits, with L = 2^b - 1:
+For a group of N float32 elements and b bits, with L = 2^b - 1:
 
     zero  = float16(min x), rounded down
     scale = float16((max x - zero) / L), rounded up
@@ -14,21 +14,28 @@ in [zero, zero + L * scale], so nothing is clipped and
 
 for any x with min x >= -65504 and max x - zero <= L * 65504; outside that it saturates (and the
 rotation of an h format overflows to NaN where components reach 1e37). This covers the cases in
-which other engines fail: a constant vector (scale 0 or tiny: the zero carries it, no division
+which other engines fail: a constant group (scale 0 or tiny: the zero carries it, no division
 by zero), tiny ranges (scale is rounded up to at least 2^-24; ranges below float32's normal
-numbers count as 0), large offsets (the zero is below the minimum, not above it). float16
+numbers may lose bits), large offsets (the zero is below the minimum, not above it). float16
 metadata with float32 arithmetic is 1.3 to 1.8 times more accurate at 8 bits than the bfloat16
-metadata of engines that keep it in the model's dtype. A vector with a NaN or an Inf gets scale =
-NaN and codes 0: it decodes to NaN as a whole, loudly, and no other token or head is touched.
+metadata of engines that keep it in the model's dtype. A group with a NaN or an Inf gets scale =
+NaN (0x7E00) and codes 0: it decodes to NaN as a whole, loudly, and no other group is touched.
 
-Planes, in order: ``scale`` (float16), ``zero`` (float16), ``codes`` (bytes). At 8 bits column
-d is dimension d; at 4 bits the low nibble of column d is dimension d and the high nibble
-dimension d + D/2. Bits per element: b + 32 / D (8.5 and 4.5 at D = 64, 8.25 and 4.25 at 128).
+:class:`Affine`: a group is a token's vector (int8, int4), or its randomized Hadamard rotation
+(int8h, int4h; hadamard.py). Planes, in order: ``scale``, ``zero`` (float16, one per token), then
+the codes (packing.py). b + 32 / D bits per element. The arithmetic is LMDeploy's (per head, per
+token, asymmetric, no calibration) with the roundings above.
 
-``h`` formats store the randomized Hadamard rotation of the vector (hadamard.py). The
-arithmetic is LMDeploy's (per head, per token, asymmetric, no calibration) with the roundings
-above; the zero is in value units, so x' is one multiply-add and scales and zeros factor out
-of integer dot products.
+:class:`Channel`: a group is one dimension over the 64 tokens of a page (int4c and others), after
+KIVI (arXiv 2402.02750), at page granularity: keys have channels that are large for all tokens, and
+a large offset, as that of Qwen2's key bias, goes into the zero. Planes: ``scale``, ``zero``
+(float16, one per dimension), codes. b + 0.5 bits per element where D is a multiple of 32. The page
+is encoded as a whole, once it is full. A token that is not finite makes its channel NaN in all 64
+tokens of the page: whoever sees any of them gets NaN.
+
+Zeros are in value units, so x' is one multiply-add and scales and zeros factor out of integer dot
+products: with a token's scale and zero, q . x' = scale * (q . code) + zero * sum(q); with a
+channel's, q . x' = (q * scale) . code + q . zero.
 """
 
 from __future__ import annotations
@@ -38,9 +45,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvant.formats import packing
 from kvant.formats.base import Array, KVFormat, Plane
 
-__all__ = ["Affine"]
+__all__ = ["Affine", "Channel"]
 
 _F16_MAX = np.float32(65504)
 
@@ -52,13 +60,37 @@ def _f16_down(x: Array) -> Array:
     return np.maximum(half.astype(np.float32), -_F16_MAX) + np.float32(0)
 
 
+def _quantize(x: Array, levels: int, axis: int) -> tuple[Array, Array, Array]:
+    """Scales and zeros (float16) of the groups along ``axis``, and codes like ``x``."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        low, high = x.min(axis=axis), x.max(axis=axis)
+        zero = _f16_down(low)
+        # rounding up is rounding the negative down; -(+0) is cleaned by adding 0
+        span = np.maximum(high - zero, np.float32(0))
+        scale = -_f16_down(-span / np.float32(levels)) + np.float32(0)
+        finite = np.isfinite(low) & np.isfinite(high)
+        scale = np.where(finite, scale, np.float32(np.nan))
+        zero = np.where(finite, zero, np.float32(0))
+        divisor = np.where(scale > 0, scale, np.float32(1))
+        steps = (x - np.expand_dims(zero, axis)) / np.expand_dims(divisor, axis)
+        codes = np.rint(steps).clip(0, levels)
+        codes = np.where(np.expand_dims(finite, axis), codes, np.float32(0)).astype(np.uint8)
+    return scale.astype(np.float16), zero.astype(np.float16), codes
+
+
+def _dequantize(scale: Array, zero: Array, codes: Array, axis: int) -> Array:
+    scale = np.expand_dims(scale.astype(np.float32), axis)
+    return codes.astype(np.float32) * scale + np.expand_dims(zero.astype(np.float32), axis)
+
+
 @dataclass(frozen=True, slots=True)
 class Affine(KVFormat):
-    """``bits`` is 8 or 4; ``rotated`` selects the ``h`` variant."""
+    """Scale and zero per token; ``rotated`` selects the ``h`` variant."""
 
     name: str
     bits: int
     rotated: bool
+    by_page: bool = False
     head_dim_multiple: int = 8
 
     @property
@@ -67,33 +99,44 @@ class Affine(KVFormat):
         return (1 << self.bits) - 1
 
     def planes(self, head_dim: int) -> tuple[Plane, ...]:
-        return (
-            Plane("scale", "float16", 0),
-            Plane("zero", "float16", 0),
-            Plane("codes", "uint8", head_dim * self.bits // 8),
-        )
+        scalars = Plane("scale", "float16", 0), Plane("zero", "float16", 0)
+        return scalars + self._code_planes(self.bits, head_dim)
 
     def quantize(self, x: Array) -> tuple[Array, ...]:
-        with np.errstate(invalid="ignore", over="ignore"):
-            low, high = x.min(axis=-1), x.max(axis=-1)
-            zero = _f16_down(low)
-            # rounding up is rounding the negative down; -(+0) is cleaned by adding 0
-            span = np.maximum(high - zero, np.float32(0))
-            scale = -_f16_down(-span / np.float32(self.levels)) + np.float32(0)
-            finite = np.isfinite(low) & np.isfinite(high)
-            scale = np.where(finite, scale, np.float32(np.nan))
-            zero = np.where(finite, zero, np.float32(0))
-            divisor = np.where(scale > 0, scale, np.float32(1))[..., None]
-            codes = np.rint((x - zero[..., None]) / divisor).clip(0, self.levels)
-            codes = np.where(finite[..., None], codes, np.float32(0)).astype(np.uint8)
-        if self.bits == 4:
-            half = x.shape[-1] // 2
-            codes = codes[..., :half] | codes[..., half:] << 4
-        return scale.astype(np.float16), zero.astype(np.float16), codes
+        scale, zero, codes = _quantize(x, self.levels, axis=-1)
+        return scale, zero, *packing.pack(codes, self.bits)
 
-    def dequantize(self, planes: Sequence[Array], head_dim: int) -> Array:  # noqa: ARG002
-        scale, zero, codes = planes
-        if self.bits == 4:
-            codes = np.concatenate((codes & 15, codes >> 4), axis=-1)
-        scale, zero = scale.astype(np.float32), zero.astype(np.float32)
-        return codes.astype(np.float32) * scale[..., None] + zero[..., None]
+    def dequantize(self, planes: Sequence[Array], head_dim: int) -> Array:
+        scale, zero, *codes = planes
+        return _dequantize(scale, zero, packing.unpack(codes, self.bits, head_dim), axis=-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Channel(KVFormat):
+    """Scale and zero per dimension, over the 64 tokens of a page."""
+
+    name: str
+    bits: int
+    rotated: bool = False
+    by_page: bool = True
+    head_dim_multiple: int = 8
+
+    @property
+    def levels(self) -> int:
+        """The largest code."""
+        return (1 << self.bits) - 1
+
+    def planes(self, head_dim: int) -> tuple[Plane, ...]:
+        per_page = (
+            Plane("scale", "float16", head_dim, of="page"),
+            Plane("zero", "float16", head_dim, of="page"),
+        )
+        return per_page + self._code_planes(self.bits, head_dim)
+
+    def quantize(self, x: Array) -> tuple[Array, ...]:
+        scale, zero, codes = _quantize(x, self.levels, axis=-2)
+        return scale, zero, *packing.pack(codes, self.bits)
+
+    def dequantize(self, planes: Sequence[Array], head_dim: int) -> Array:
+        scale, zero, *codes = planes
+        return _dequantize(scale, zero, packing.unpack(codes, self.bits, head_dim), axis=-2)

@@ -4,7 +4,8 @@
     f16    16 bits, round to nearest even, |x - x'| <= 2^-11 |x| + 2^-25; saturates at +-65504
     bf16   16 bits, round to nearest even, |x - x'| <= 2^-8 |x| for normal x; overflows to Inf
 
-One plane, ``values [D]``. A NaN or Inf stays in its own element. They take the same path as
+One plane, ``values [D]``. A NaN (stored as 0x7E00 or 0x7FC0 in 16 bits) or Inf
+stays in its own element. They take the same path as
 the quantized formats: the 16-bit cache is not a special case anywhere.
 """
 
@@ -31,7 +32,8 @@ def _from_bf16(x: Array) -> Array:
 
 
 def _to_f16(x: Array) -> Array:
-    return np.where(np.isfinite(x), np.clip(x, -65504, 65504), x).astype(np.float16)
+    half = np.where(np.isinf(x), x, np.clip(x, -65504, 65504)).astype(np.float16)
+    return np.where(np.isnan(x), np.uint16(0x7E00).view(np.float16), half)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,9 @@ class Plain(KVFormat):
     """``name`` is one of ``f32``, ``f16``, ``bf16``."""
 
     name: str
+    bits: int
     rotated: bool = False
+    by_page: bool = False
     head_dim_multiple: int = 2
 
     def planes(self, head_dim: int) -> tuple[Plane, ...]:

@@ -25,9 +25,10 @@ class BatchSequence:
     ``[start, end)``.
 
     ``pages`` are the base pages that hold positions ``[0, end)`` as far as these are in base
-    pages (:mod:`kvant.cache.paged`). With a recent part ``fine_pages[i]`` is the page, in the
-    finer format, of group ``start // 64 + i``, for every group that the rows touch: a recent
-    page, or a scratch page (``>= num_recent``) for a group that this step fills.
+    pages (:mod:`kvant.cache.paged`); with a sink ``pages[0]`` is a page of the recent pool. With
+    a recent part ``fine_pages[i]`` is the page, in the finer format, of group ``start // 64 + i``,
+    for every group that the rows touch: a recent page (the sink's is ``pages[0]``), or a scratch
+    page (``>= num_recent``) for a group that this step fills.
     """
 
     row: int
@@ -72,15 +73,16 @@ class KVMemory:
     ) -> KVMemory:
         """Reserve the pools. ``num_recent`` is 0 without a recent part; with one, a step of at
         most ``max_step_tokens`` rows fills one group for each 64 of them."""
-        spec.check_head_dim(shape.head_dim)
+        spec.check(shape)
         num_scratch = max_step_tokens // PAGE_TOKENS if num_recent else 0
-        fine = spec.fine.page_bytes(shape)
+        fine = spec.fine
+        one_layer = max(layer.nbytes for layer in fine.layout(shape))
         return cls(
             spec,
             shape,
             BytePool(num_pages, spec.page_bytes(shape)),
-            BytePool(num_recent, fine),
-            BytePool(num_scratch, fine // shape.num_layers),
+            BytePool(num_recent, fine.page_bytes(shape)),
+            BytePool(num_scratch, one_layer),
         )
 
 

@@ -4,29 +4,28 @@ Float32 throughout, no cleverness: whole pages are dequantized, scores are a mat
 softmax is computed in one piece. Every other backend is tested against it. It is also the
 backend that runs where no faster one is available.
 
-What a query sees is decided by positions alone: all earlier pages in the spec's own formats, and
-its own page in the finer format if the spec has one. The arithmetic is too: queries are taken in
-tiles of 16 positions (position // 16), always 16 rows against whole pages with the rest masked.
-A tile's shapes, and so the order of every sum, do not depend on the chunk or the batch: results
-are bit-equal for any chunking of a prompt, prefix hit or batch composition.
+What a query sees is decided by positions alone: earlier pages in the spec's own formats, and its
+own page, and the first if it is a sink, in the finer format if the spec has one. The arithmetic
+is too: queries are taken in tiles of 16 positions (position // 16), always 16 rows against whole
+pages with the rest masked. A tile's shapes, and so the order of every sum, do not depend on the
+chunk or the batch: results are bit-equal for any chunking of a prompt, prefix hit or batch
+composition.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvant.cache.pool import BytePool
-from kvant.formats import PAGE_TOKENS, KVFormat, KVShape, KVSpec, PartView
+from kvant.formats import PAGE_TOKENS, KVFormat
+from kvant.formats.pages import LayerPages, open_pages
 from kvant.kernels.backend import Batch, BatchSequence, KVMemory
 
 __all__ = ["ReferenceBackend"]
 
 F32 = NDArray[np.float32]
-_ALL_SLOTS = np.arange(PAGE_TOKENS)
 _TILE = 16
 
 
@@ -38,30 +37,12 @@ class _Segment(NamedTuple):
     k: F32
     v: F32
 
+    @classmethod
+    def read(cls, store: LayerPages, pages: NDArray[Any]) -> _Segment:
+        return cls(store.k.fmt, store.v.fmt, store.k.read(pages), store.v.read(pages))
+
     def first(self, count: int) -> _Segment:
         return self._replace(k=self.k[:, :count], v=self.v[:, :count])
-
-
-class _Store:
-    """One pool of pages, opened as K and V parts for each layer."""
-
-    def __init__(self, spec: KVSpec, shape: KVShape, pool: BytePool) -> None:
-        self.spec = spec
-        dim, layers = shape.head_dim, range(shape.num_layers)
-        k_bytes, both_bytes = spec.k.part_bytes(dim), spec.head_page_bytes(dim)
-        raw = pool.pages.reshape(pool.num_pages, len(layers), shape.num_kv_heads, both_bytes)
-        self._k = [PartView(spec.k, "k", dim, raw[:, layer, :, :k_bytes]) for layer in layers]
-        self._v = [PartView(spec.v, "v", dim, raw[:, layer, :, k_bytes:]) for layer in layers]
-
-    def write(self, layer: int, pages: NDArray[Any], slots: NDArray[Any], k: F32, v: F32) -> None:
-        """Encode ``k, v [N, Hkv, D]`` into ``slots [N]`` of ``pages [N]``."""
-        self._k[layer].write(pages, slots, k)
-        self._v[layer].write(pages, slots, v)
-
-    def read(self, layer: int, pages: NDArray[Any]) -> _Segment:
-        return _Segment(
-            self.spec.k, self.spec.v, self._k[layer].read(pages), self._v[layer].read(pages)
-        )
 
 
 class ReferenceBackend:
@@ -71,38 +52,38 @@ class ReferenceBackend:
 
     def __init__(self, memory: KVMemory) -> None:
         spec, shape = memory.spec, memory.shape
-        self._base = _Store(spec, shape, memory.base)
         self._has_recent = spec.recent is not None
+        self._num_sink = int(spec.sink)
         self._num_recent = memory.recent.num_pages
-        self._recent = _Store(spec.fine, shape, memory.recent)
-        self._scratch = _Store(spec.fine, replace(shape, num_layers=1), memory.scratch)
+        self._base = open_pages(spec, shape, memory.base.pages)
+        self._recent = open_pages(spec.fine, shape, memory.recent.pages)
+        self._scratch = open_pages(spec.fine, shape, memory.scratch.pages, one_layer=True)
 
     def write(self, layer: int, k: Any, v: Any, batch: Batch) -> None:
-        """Encode new tokens; a group that becomes full is re-encoded from its fine page."""
+        """Encode new tokens; a group that becomes full is re-encoded from its fine page, unless
+        it is the sink."""
         k, v = _float32(k), _float32(v)
         if not self._has_recent:
             pages = np.concatenate(
                 [seq.pages[np.arange(seq.start, seq.end) // PAGE_TOKENS] for seq in batch.sequences]
             )
-            self._base.write(layer, pages, batch.positions % PAGE_TOKENS, k, v)
+            self._base[layer].write(pages, batch.positions % PAGE_TOKENS, k, v)
             return
         for seq in batch.sequences:
             rows = slice(seq.row, seq.row + seq.end - seq.start)
             position = batch.positions[rows]
             groups = position // PAGE_TOKENS
             pages = seq.fine_pages[groups - seq.start // PAGE_TOKENS]
-            for store, store_layer, first, here in (
-                (self._recent, layer, 0, pages < self._num_recent),
-                (self._scratch, 0, self._num_recent, pages >= self._num_recent),
+            for store, first, here in (
+                (self._recent[layer], 0, pages < self._num_recent),
+                (self._scratch[layer], self._num_recent, pages >= self._num_recent),
             ):
                 slots = position[here] % PAGE_TOKENS
-                store.write(store_layer, pages[here] - first, slots, k[rows][here], v[rows][here])
-            for group in range(seq.start // PAGE_TOKENS, seq.end // PAGE_TOKENS):
-                fine = self._read_fine(layer, seq, group)
-                page = np.full(PAGE_TOKENS, seq.pages[group])
-                k_fine = fine.k_format.unrotate(fine.k).swapaxes(0, 1)
-                v_fine = fine.v_format.unrotate(fine.v).swapaxes(0, 1)
-                self._base.write(layer, page, _ALL_SLOTS, k_fine, v_fine)
+                store.write(pages[here] - first, slots, k[rows][here], v[rows][here])
+            first_group = max(seq.start // PAGE_TOKENS, self._num_sink)
+            for group in range(first_group, seq.end // PAGE_TOKENS):
+                store, page = self._fine_page(layer, seq, group)
+                self._base[layer].fill(seq.pages[group : group + 1], *store.decode(page))
 
     def attend(
         self, layer: int, q: Any, batch: Batch, *, scale: float, window: int | None = None
@@ -112,9 +93,11 @@ class ReferenceBackend:
         out = np.empty_like(queries)
         for seq in batch.sequences:
             last_group = (seq.end - 1) // PAGE_TOKENS
-            base = self._base.read(layer, seq.pages[: last_group + (not self._has_recent)])
+            in_base = seq.pages[self._num_sink : last_group + (not self._has_recent)]
+            base = _Segment.read(self._base[layer], in_base)
+            sink = _Segment.read(self._recent[layer], seq.pages[: self._num_sink])
             for first in range(seq.start - seq.start % _TILE, seq.end, _TILE):
-                segments = self._segments(layer, seq, first // PAGE_TOKENS, base)
+                segments = self._segments(layer, seq, first // PAGE_TOKENS, sink, base)
                 start, end = max(seq.start, first), min(seq.end, first + _TILE)
                 rows = slice(seq.row + start - seq.start, seq.row + end - seq.start)
                 tile = np.zeros((_TILE, *queries.shape[1:]), np.float32)
@@ -125,18 +108,25 @@ class ReferenceBackend:
         return _like(out, q)
 
     def _segments(
-        self, layer: int, seq: BatchSequence, group: int, base: _Segment
+        self, layer: int, seq: BatchSequence, group: int, sink: _Segment, base: _Segment
     ) -> list[_Segment]:
-        """What queries of a group see: earlier pages and their own, whole."""
+        """What queries of a group see, whole pages: sink, earlier pages, their own."""
         if not self._has_recent:
             return [base.first((group + 1) * PAGE_TOKENS)]
-        return [base.first(group * PAGE_TOKENS), self._read_fine(layer, seq, group)]
+        own = _Segment.read(*self._fine_page(layer, seq, group))
+        if group < self._num_sink:
+            return [own]
+        return [sink, base.first((group - self._num_sink) * PAGE_TOKENS), own]
 
-    def _read_fine(self, layer: int, seq: BatchSequence, group: int) -> _Segment:
-        page = seq.fine_pages[group - seq.start // PAGE_TOKENS]
-        if page < self._num_recent:
-            return self._recent.read(layer, np.array([page]))
-        return self._scratch.read(0, np.array([page - self._num_recent]))
+    def _fine_page(
+        self, layer: int, seq: BatchSequence, group: int
+    ) -> tuple[LayerPages, NDArray[np.int64]]:
+        """The page of a group that the rows touch, and where to read it."""
+        index = group - seq.start // PAGE_TOKENS
+        page = seq.fine_pages[index : index + 1]
+        if page[0] < self._num_recent:
+            return self._recent[layer], page
+        return self._scratch[layer], page - self._num_recent
 
 
 def _visible(first: int, num_keys: int, window: int | None) -> NDArray[np.bool_]:
