@@ -16,6 +16,19 @@ from kvant.formats import PAGE_TOKENS, KVShape, KVSpec
 from kvant.kernels.backend import Backend, Batch, BatchSequence, KVMemory
 from kvant.kernels.null import NullBackend
 
+# A spec of every kind: by token, K and V apart, with a recent group, a sink, by page, by layer.
+SPECS = [
+    "bf16",
+    "int8",
+    "int4",
+    "int4h",
+    "k=int8h,v=int4h",
+    "int4h+r64",
+    "int4+r64:bf16",
+    "int4h+s64r64",
+    "k4v4",
+    "k4v2;-1=int8h",
+]
 VOCAB = 97
 _PRIME = 1_000_003
 _POWERS = np.array([pow(31, exponent, _PRIME) for exponent in range(4096)])

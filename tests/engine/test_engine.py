@@ -15,20 +15,7 @@ from kvant.config import GenerationConfig
 from kvant.engine.engine import Engine
 from kvant.errors import RequestError
 from kvant.request import Output, Request, Status
-from tests.engine.mock import VOCAB, continuation, make_engine
-
-SPECS = [
-    "bf16",
-    "int8",
-    "int4",
-    "int4h",
-    "k=int8h,v=int4h",
-    "int4h+r64",
-    "int4+r64:bf16",
-    "int4h+s64r64",
-    "k4v4",
-    "k4v2;-1=int8h",
-]
+from tests.engine.mock import SPECS, VOCAB, continuation, make_engine
 
 
 @dataclass

@@ -29,19 +29,8 @@ from kvant.kernels import KVMemory, make_backend
 from kvant.models.config import DecoderConfig, RopeConfig
 from kvant.models.decoder import Decoder, DecoderWeights, LayerWeights, Linear
 from kvant.request import Request
+from tests.engine.mock import SPECS
 
-SPECS = [
-    "bf16",
-    "int8",
-    "int4",
-    "int4h",
-    "k=int8h,v=int4h",
-    "int4h+r64",
-    "int4+r64:bf16",
-    "int4h+s64r64",
-    "k4v4",
-    "k4v2;-1=int8h",
-]
 CHUNKS = [1, 17, 64, 512]
 LENGTH = 150
 CONFIG = DecoderConfig(

@@ -14,7 +14,8 @@ from kvant.eval.plot import check_plot, plot
 
 KLD = {
     "f32": (32, 0.0), "bf16": (16, 2.2e-5), "int8": (8.5, 3.35e-4), "int8h": (8.5, 1.5e-4),
-    "k=int8h,v=int4h": (6.5, 6.4e-3), "k=int8h,v=int4h+r64": (6.5, 2.1e-3), "int4h+r64": (4.5, 1.01e-2),
+    "k=int8h,v=int4h": (6.5, 6.4e-3),
+    "k=int8h,v=int4h+r64": (6.5, 2.1e-3), "int4h+r64": (4.5, 1.01e-2),
     "int4h+r64:bf16": (4.5, 9.99e-3), "int4h": (4.5, 4.8e-2), "int4": (4.5, 0.104),
 }  # fmt: skip
 

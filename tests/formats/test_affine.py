@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 from kvant.formats import FORMATS, PAGE_TOKENS
-from kvant.formats.affine import Affine, Channel
+from kvant.formats.affine import Affine
 from kvant.formats.packing import unpack
 from tests.formats.scalar_oracle import (
     F16_MAX,
@@ -29,7 +29,7 @@ F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
 AFFINE = [cast(Affine, FORMATS[name]) for name in ("int8", "int4", "int8h", "int4h")]
-CHANNEL = [cast(Channel, FORMATS[f"int{bits}c"]) for bits in (8, 6, 5, 4, 3)]
+CHANNEL = [cast(Affine, FORMATS[f"int{bits}c"]) for bits in (8, 6, 5, 4, 3)]
 
 # What float16 metadata may cost of the signal to noise ratio of an ideal min/max grid.
 METADATA_LOSS_DB = 0.05
@@ -51,7 +51,7 @@ class Groups(NamedTuple):
     decoded: F32
 
     @classmethod
-    def of(cls, fmt: Affine | Channel, x: F32) -> Groups:
+    def of(cls, fmt: Affine, x: F32) -> Groups:
         vectors = x.T if fmt.by_page else x
         scale, zero, *codes = fmt.quantize(vectors)
         decoded = fmt.dequantize((scale, zero, *codes), vectors.shape[-1])
@@ -59,7 +59,7 @@ class Groups(NamedTuple):
         return cls(scale, zero, rows, decoded.T if fmt.by_page else decoded)
 
 
-def _size(fmt: Affine | Channel) -> int:
+def _size(fmt: Affine) -> int:
     """The least elements of a group."""
     return PAGE_TOKENS if fmt.by_page else 8
 
@@ -110,7 +110,7 @@ def _slack(x: Any, zero: Any, decoded: Any, levels: int) -> NDArray[np.float64]:
     )
 
 
-def _assert_bound(fmt: Affine | Channel, x: F32, nearest_to: F64 | None = None) -> None:
+def _assert_bound(fmt: Affine, x: F32, nearest_to: F64 | None = None) -> None:
     """|x - x'| <= scale / 2 for groups ``x [n, N]`` as the format stores them, in float64."""
     scale, zero, _, found = Groups.of(fmt, x)
     decoded = found.astype(np.float64)
@@ -134,7 +134,7 @@ def test_error_is_at_most_half_a_step(fmt: Affine, head_dim: int) -> None:
 
 
 @by_channel
-def test_error_of_a_channel_is_at_most_half_a_step(fmt: Channel) -> None:
+def test_error_of_a_channel_is_at_most_half_a_step(fmt: Affine) -> None:
     """The same of the 64 tokens of a page, each channel with vectors of its own."""
     _assert_bound(fmt, np.stack(list(_vectors(PAGE_TOKENS, fmt.levels).values())))
 
@@ -154,7 +154,7 @@ def _in_range(draw: st.DrawFn, size: int, levels: int) -> F32:
 @given(data=st.data())
 @settings(max_examples=100)
 def test_error_is_at_most_half_a_step_for_any_group_in_range(
-    fmt: Affine | Channel, data: st.DataObject
+    fmt: Affine, data: st.DataObject
 ) -> None:
     _assert_bound(fmt, data.draw(_in_range(_size(fmt), fmt.levels)))
 
@@ -165,9 +165,7 @@ def test_error_is_at_most_half_a_step_for_any_group_in_range(
 @example(x=np.array([-1e30, 1e30] * 4, np.float32))
 @example(x=np.full(8, 3e38, np.float32))
 @settings(max_examples=100)
-def test_beyond_float16_metadata_the_nearest_value_in_reach_is_stored(
-    fmt: Affine | Channel, x: F32
-) -> None:
+def test_beyond_float16_metadata_the_nearest_value_in_reach_is_stored(fmt: Affine, x: F32) -> None:
     """Held down: a scale or zero that overflows to Inf and makes the whole group NaN."""
     groups = np.resize(x, (1, _size(fmt)))
     top = float(Groups.of(fmt, groups).zero[0]) + fmt.levels * F16_MAX
@@ -175,7 +173,7 @@ def test_beyond_float16_metadata_the_nearest_value_in_reach_is_stored(
 
 
 @unrotated
-def test_a_scale_is_never_negative(fmt: Affine | Channel) -> None:
+def test_a_scale_is_never_negative(fmt: Affine) -> None:
     """A group that is below the lowest zero as a whole is held by the zero alone. Held down: a
     ``max - zero`` below 0 stored as the scale, which no kernel expects."""
     low = np.repeat(np.array([[-1e6], [-65505.0]], np.float32), _size(fmt), axis=1)
@@ -197,7 +195,7 @@ _ANY_ELEMENT = st.one_of(
 @given(data=st.data())
 @settings(max_examples=50)
 def test_every_bit_is_that_of_exact_arithmetic_with_the_roundings_spelled_out(
-    fmt: Affine | Channel, data: st.DataObject
+    fmt: Affine, data: st.DataObject
 ) -> None:
     """Scale, zero, codes and decoded values against fractions, one element at a time. Held
     down: codes made with the unrounded scale, ties away from zero, nibbles in another order."""
@@ -207,12 +205,12 @@ def test_every_bit_is_that_of_exact_arithmetic_with_the_roundings_spelled_out(
 
 @unrotated
 @pytest.mark.parametrize("head_dim", (8, 80))
-def test_named_vectors_match_exact_arithmetic(fmt: Affine | Channel, head_dim: int) -> None:
+def test_named_vectors_match_exact_arithmetic(fmt: Affine, head_dim: int) -> None:
     size = PAGE_TOKENS if fmt.by_page else head_dim
     _assert_like_scalars(fmt, np.stack(list(_vectors(size, fmt.levels).values())))
 
 
-def _assert_like_scalars(fmt: Affine | Channel, x: F32) -> None:
+def _assert_like_scalars(fmt: Affine, x: F32) -> None:
     scale, zero, rows, decoded = Groups.of(fmt, x)
     expected = [quantize(group, fmt.bits) for group in x.tolist()]
     codes = [group.codes for group in expected]
@@ -246,7 +244,7 @@ def test_a_vector_that_is_not_finite_is_nan_as_a_whole_and_alone(
 @by_channel
 @pytest.mark.parametrize("poison", (np.nan, np.inf, -np.inf))
 def test_a_channel_that_is_not_finite_is_nan_as_a_whole_and_alone(
-    fmt: Channel, poison: float
+    fmt: Affine, poison: float
 ) -> None:
     """All 64 tokens of that dimension, of one head of one page."""
     x = np.random.default_rng(0).standard_normal((3, 2, PAGE_TOKENS, 80)).astype(np.float32)
@@ -272,7 +270,7 @@ def test_vectors_do_not_depend_on_their_batch(fmt: Affine) -> None:
 
 
 @by_channel
-def test_pages_do_not_depend_on_their_batch(fmt: Channel) -> None:
+def test_pages_do_not_depend_on_their_batch(fmt: Affine) -> None:
     x = np.random.default_rng(1).standard_normal((5, PAGE_TOKENS, 3, 96)).astype(np.float32)
     together = fmt.encode(x.swapaxes(1, 2))
     strided = fmt.encode(x.transpose(2, 0, 1, 3)[:, ::2])
@@ -283,7 +281,7 @@ def test_pages_do_not_depend_on_their_batch(fmt: Channel) -> None:
 
 
 @pytest.mark.parametrize("fmt", [*AFFINE, *CHANNEL], ids=str)
-def test_gaussian_noise_is_that_of_an_ideal_grid(fmt: Affine | Channel) -> None:
+def test_gaussian_noise_is_that_of_an_ideal_grid(fmt: Affine) -> None:
     """A step of a grid from minimum to maximum is range / levels, and its square over 12 the
     noise; at least that of float64 with nothing rounded. Held down: half a step of bias or a
     wasted code, which a bound on the error cannot see."""
@@ -308,7 +306,7 @@ def test_rotation_pays_for_an_outlier_channel(bits: int) -> None:
 
 
 @by_channel
-def test_a_channel_of_its_own_offset_costs_nothing(fmt: Channel) -> None:
+def test_a_channel_of_its_own_offset_costs_nothing(fmt: Affine) -> None:
     """The reason for the ``c`` formats: offsets and gains of channels, as of Qwen2's keys, leave
     the noise of each in proportion to its gain."""
     x = np.random.default_rng(3).standard_normal((20, PAGE_TOKENS, 128)).astype(np.float32)

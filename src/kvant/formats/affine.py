@@ -21,12 +21,12 @@ metadata with float32 arithmetic is 1.3 to 1.8 times more accurate at 8 bits tha
 metadata of engines that keep it in the model's dtype. A group with a NaN or an Inf gets scale =
 NaN (0x7E00) and codes 0: it decodes to NaN as a whole, loudly, and no other group is touched.
 
-:class:`Affine`: a group is a token's vector (int8, int4), or its randomized Hadamard rotation
+By token: a group is a token's vector (int8, int4), or its randomized Hadamard rotation
 (int8h, int4h; hadamard.py). Planes, in order: ``scale``, ``zero`` (float16, one per token), then
 the codes (packing.py). b + 32 / D bits per element. The arithmetic is LMDeploy's (per head, per
 token, asymmetric, no calibration) with the roundings above.
 
-:class:`Channel`: a group is one dimension over the 64 tokens of a page (int4c and others), after
+By page: a group is one dimension over the 64 tokens of a page (int4c and others), after
 KIVI (arXiv 2402.02750), at page granularity: keys have channels that are large for all tokens, and
 a large offset, as that of Qwen2's key bias, goes into the zero. Planes: ``scale``, ``zero``
 (float16, one per dimension), codes. b + 0.5 bits per element where D is a multiple of 32. The page
@@ -42,13 +42,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from kvant.formats import packing
 from kvant.formats.base import Array, KVFormat, Plane
 
-__all__ = ["Affine", "Channel"]
+__all__ = ["Affine"]
 
 _F16_MAX = np.float32(65504)
 
@@ -78,18 +79,14 @@ def _quantize(x: Array, levels: int, axis: int) -> tuple[Array, Array, Array]:
     return scale.astype(np.float16), zero.astype(np.float16), codes
 
 
-def _dequantize(scale: Array, zero: Array, codes: Array, axis: int) -> Array:
-    scale = np.expand_dims(scale.astype(np.float32), axis)
-    return codes.astype(np.float32) * scale + np.expand_dims(zero.astype(np.float32), axis)
-
-
 @dataclass(frozen=True, slots=True)
 class Affine(KVFormat):
-    """Scale and zero per token; ``rotated`` selects the ``h`` variant."""
+    """Scale and zero per token, or with ``by_page`` per dimension over the 64 tokens of a page;
+    ``rotated`` selects the ``h`` variant."""
 
     name: str
     bits: int
-    rotated: bool
+    rotated: bool = False
     by_page: bool = False
     head_dim_multiple: int = 8
 
@@ -98,45 +95,23 @@ class Affine(KVFormat):
         """The largest code."""
         return (1 << self.bits) - 1
 
-    def planes(self, head_dim: int) -> tuple[Plane, ...]:
-        scalars = Plane("scale", "float16", 0), Plane("zero", "float16", 0)
-        return scalars + self._code_planes(self.bits, head_dim)
-
-    def quantize(self, x: Array) -> tuple[Array, ...]:
-        scale, zero, codes = _quantize(x, self.levels, axis=-1)
-        return scale, zero, *packing.pack(codes, self.bits)
-
-    def dequantize(self, planes: Sequence[Array], head_dim: int) -> Array:
-        scale, zero, *codes = planes
-        return _dequantize(scale, zero, packing.unpack(codes, self.bits, head_dim), axis=-1)
-
-
-@dataclass(frozen=True, slots=True)
-class Channel(KVFormat):
-    """Scale and zero per dimension, over the 64 tokens of a page."""
-
-    name: str
-    bits: int
-    rotated: bool = False
-    by_page: bool = True
-    head_dim_multiple: int = 8
-
     @property
-    def levels(self) -> int:
-        """The largest code."""
-        return (1 << self.bits) - 1
+    def _axis(self) -> int:
+        """The axis of ``[..., 64, D]`` along which a group lies."""
+        return -2 if self.by_page else -1
 
     def planes(self, head_dim: int) -> tuple[Plane, ...]:
-        per_page = (
-            Plane("scale", "float16", head_dim, of="page"),
-            Plane("zero", "float16", head_dim, of="page"),
-        )
-        return per_page + self._code_planes(self.bits, head_dim)
+        of: Literal["token", "page"] = "page" if self.by_page else "token"
+        columns = head_dim if self.by_page else 0
+        scalars = (Plane(name, "float16", columns, of) for name in ("scale", "zero"))
+        return *scalars, *self._code_planes(self.bits, head_dim)
 
     def quantize(self, x: Array) -> tuple[Array, ...]:
-        scale, zero, codes = _quantize(x, self.levels, axis=-2)
+        scale, zero, codes = _quantize(x, self.levels, self._axis)
         return scale, zero, *packing.pack(codes, self.bits)
 
     def dequantize(self, planes: Sequence[Array], head_dim: int) -> Array:
-        scale, zero, *codes = planes
-        return _dequantize(scale, zero, packing.unpack(codes, self.bits, head_dim), axis=-2)
+        scale, zero, *packed = planes
+        codes = packing.unpack(packed, self.bits, head_dim).astype(np.float32)
+        scale, zero = (np.expand_dims(of.astype(np.float32), self._axis) for of in (scale, zero))
+        return codes * scale + zero

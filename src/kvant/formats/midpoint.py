@@ -13,8 +13,8 @@ large elements pays from 4 bits down (midpoint grid and search: exllamav3, QuaRo
 must choose alike, so the sum is defined: squares in float32 (no fused multiply-add), added by
 folding the vector on itself, x[i] + x[i + n/2], while its length n is even, then in order.
 
-A scale of 0 decodes to zeros; its codes are made with the divisor 1. A vector with a NaN or Inf has scale NaN (0x7E00) and
-codes 0.
+A scale of 0 decodes to zeros; its codes are made with the divisor 1. A vector with a NaN or Inf has
+scale NaN (0x7E00) and codes 0.
 
 Planes: ``scale`` (float16, one per token), then the codes (packing.py): b + 16 / D bits per
 element where D is a multiple of 32.

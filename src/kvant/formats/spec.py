@@ -21,7 +21,7 @@ from itertools import cycle, groupby
 from pathlib import Path
 
 from kvant.errors import ConfigError, did_you_mean
-from kvant.formats.affine import Affine, Channel
+from kvant.formats.affine import Affine
 from kvant.formats.auto import choose_preset
 from kvant.formats.base import PAGE_TOKENS, KVFormat
 from kvant.formats.midpoint import Midpoint
@@ -48,15 +48,15 @@ FORMATS: dict[str, KVFormat] = {
         Plain("f32", bits=32),
         Plain("f16", bits=16),
         Plain("bf16", bits=16),
-        Affine("int8", bits=8, rotated=False),
-        Affine("int4", bits=4, rotated=False),
+        Affine("int8", bits=8),
+        Affine("int4", bits=4),
         Affine("int8h", bits=8, rotated=True),
         Affine("int4h", bits=4, rotated=True),
-        Channel("int8c", bits=8),
-        Channel("int6c", bits=6),
-        Channel("int5c", bits=5),
-        Channel("int4c", bits=4),
-        Channel("int3c", bits=3),
+        Affine("int8c", bits=8, by_page=True),
+        Affine("int6c", bits=6, by_page=True),
+        Affine("int5c", bits=5, by_page=True),
+        Affine("int4c", bits=4, by_page=True),
+        Affine("int3c", bits=3, by_page=True),
         Midpoint("int4m", bits=4),
         Midpoint("int3m", bits=3),
         Midpoint("int2m", bits=2),
