@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvant.cache.paged import Holding, PagedCache
 from kvant.cache.sizing import (
     CacheSize,
     free_memory,
@@ -47,14 +48,31 @@ def test_a_budget_is_used_up_and_kept(
     assert budget - base < size.nbytes <= budget
     each = recent_per_sequence(spec)
     assert each == (spec.recent is not None) + spec.sink
-    assert each <= size.num_recent <= each * sequences
+    assert each <= size.num_recent <= each * sequences + spec.sink * budget // base // 32
 
 
 @given(spec=specs, shape=shapes, tokens=st.integers(1, 10_000), sequences=st.integers(1, 300))
 def test_so_many_tokens_fit(spec: KVSpec, shape: KVShape, tokens: int, sequences: int) -> None:
     size = size_for_tokens(spec, shape, tokens, sequences)
     assert tokens <= size.num_tokens < tokens + 64
-    assert size.num_recent == sequences * ((spec.recent is not None) + spec.sink)
+    spare = size.num_pages // 32 if spec.sink else 0  # for the sinks of cached prompts
+    assert size.num_recent == sequences * ((spec.recent is not None) + spec.sink) + spare
+
+
+def test_a_server_of_one_sequence_keeps_the_sinks_of_several_prompts() -> None:
+    """Held down: a prefix cache of thousands of pages that nothing is found in, because a prompt's
+    first page had to make room for the next one's."""
+    spec, shape = KVSpec.parse("k4v4"), KVShape(num_layers=1, num_kv_heads=1, head_dim=64)
+    size = size_for_tokens(spec, shape, 64_000, 1)
+    cache = PagedCache(size.num_pages, size.num_recent, sink=True, prefix_caching=True)
+    prompts = [[letter] * 640 for letter in range(4)]
+    for seen in (0, 576, 576):
+        for tokens in prompts:
+            holding = Holding()
+            assert cache.adopt_prefix(holding, tokens) == seen
+            cache.reserve(holding, seen, 640)
+            cache.commit(holding, tokens, 640)
+            cache.release(holding)
 
 
 def test_free_memory_is_some() -> None:
