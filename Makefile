@@ -1,4 +1,4 @@
-# make demo    set up, then answer two prompts with 16-bit, int8 and int4h KV caches
+# make demo    set up, then answer two prompts with 16-bit, int8 and 4-bit KV caches
 # make test    set up, then run all tests
 # make check   lint and types        make format   rewrite files        make clean
 PYTHON ?= python3

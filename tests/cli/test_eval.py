@@ -138,7 +138,7 @@ def test_texts_that_are_too_short(run: Run, tiny: str, tmp_path: Path) -> None:
 def test_wrong_tasks_and_models(run: Run, tiny: str) -> None:
     run("eval").assert_error(2, "MODEL")
     run("eval", tiny).assert_error(2, "fidelity")
-    run("eval", "fidelty", tiny).assert_error(2, "choose from", "fidelity")
+    run("eval", "fidelty", tiny).assert_error(2, 'did you mean "fidelity"', "tune")
     run("eval", "fidelity", "no-such-model").assert_error(3, "no-such-model")
 
 

@@ -219,7 +219,8 @@ def test_presets_are_ordered_from_large_to_small() -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_label_is_the_preset_or_the_spelling(preset: str) -> None:
     assert KVSpec.parse(PRESETS[preset]).label == preset
-    for other in (f"{preset};0=int8h", f"{preset}+r64", f"{preset}+s64r64:f32"):
+    assert KVSpec.parse(f"{preset};0,-1=int8h").label == f"{preset};0,-1=int8h"
+    for other in (f"{preset}+r64", f"{preset}+s64r64:f32"):
         assert KVSpec.parse(other).label == str(KVSpec.parse(other))
 
 

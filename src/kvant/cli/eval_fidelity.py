@@ -98,15 +98,15 @@ def _section(rows: Sequence[FidelityRow]) -> str:
     first = rows[0]
     head = ["KV format", "bits", "bytes/token", "perplexity", "change", "KL mean", "99 %", "99.9 %",
             "top-1"]  # fmt: skip
-    lines = [f"{first.windows} x {first.ctx} tokens, against {first.kv_spec}"]
+    lines = [f"{first.windows} x {first.ctx} tokens, against {first.label}"]
     if first.greedy is not None:
         head += ["greedy", "quartiles", "same"]
         lines[0] += (
             f"; greedy: {len(first.greedy.first_diverging)} x {first.greedy.tokens} tokens, "
             "median index of the first that differs"
         )
-    width = max(len(row.kv_spec) for row in rows)
-    worst = [f"{row.kv_spec:<{width}}  {_layers(row)}" for row in rows if row.worst_layers]
+    width = max(len(row.label) for row in rows)
+    worst = [f"{row.label:<{width}}  {_layers(row)}" for row in rows if row.worst_layers]
     lines += ["", table(head, [_cells(row)[: len(head)] for row in rows])]
     if worst:
         lines += ["", "Layers whose keys or values lose most, signal to noise:", "", *worst]
@@ -115,7 +115,7 @@ def _section(rows: Sequence[FidelityRow]) -> str:
 
 def _cells(row: FidelityRow) -> list[str]:
     cells = [
-        row.kv_spec,
+        row.label,
         f"{row.bits_per_element:.2f}",
         f"{row.bytes_per_token:g}",
         _cell(row.ppl, "{:.3f}"),

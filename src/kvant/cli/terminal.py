@@ -132,7 +132,7 @@ class Speed:
 def kv_text(pipe: Pipeline) -> str:
     """The format of the KV cache and what a token takes in it."""
     spec = pipe.model.kv_spec
-    return f"KV {spec}, {spec.bytes_per_token(pipe.model.config.kv_shape):g} bytes/token"
+    return f"KV {spec.label}, {spec.bytes_per_token(pipe.model.config.kv_shape):g} bytes/token"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)) -> str:

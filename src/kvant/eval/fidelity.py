@@ -29,6 +29,7 @@ F64 = NDArray[np.float64]
 
 _PROMPT = 256  # tokens of a window that are continued greedily, at most half of it
 _WORST = 3
+_LABEL = 40  # characters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +95,12 @@ class FidelityRow:
     k_sqnr_db: list[float | None]
     v_sqnr_db: list[float | None]
     worst_layers: list[Layer]
+
+    @property
+    def label(self) -> str:
+        """The format for the eye: a preset's name, cut short if many layers differ."""
+        label = KVSpec.parse(self.kv_spec).label
+        return label if len(label) <= _LABEL else label[: _LABEL - 3] + "..."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -61,7 +61,7 @@ def plot(rows: Sequence[FidelityRow], path: Path, *, model: str) -> None:
     axes.set_yscale("log")
     axes.margins(x=0.12, y=0.12)
     axes.set_xlabel("bits per KV element, metadata included")
-    axes.set_ylabel(f"mean KL divergence from {rows[0].kv_spec}, nats")
+    axes.set_ylabel(f"mean KL divergence from {rows[0].label}, nats")
     axes.set_title(f"{model}: fidelity of KV cache formats", loc="left", fontsize=11)
     axes.grid(visible=True, color="#e4e7eb", linewidth=0.7)
     axes.set_axisbelow(True)
@@ -78,13 +78,13 @@ def _label(axes: Axes, rows: Sequence[FidelityRow]) -> None:
     """Name each format at its worst point, where no other label and no point is."""
     worst: dict[str, FidelityRow] = {}
     for row in sorted(rows, key=lambda row: row.kld or 0):
-        worst[row.kv_spec] = row
+        worst[row.label] = row
     dots = axes.transData.transform([(row.bits_per_element, row.kld or 0) for row in rows])
     taken: list[Annotation] = []
     for row in worst.values():
         for dx, dy in _PLACES:
             label = axes.annotate(
-                row.kv_spec,
+                row.label,
                 (row.bits_per_element, row.kld or 0),
                 (dx, dy),
                 textcoords="offset points",
@@ -99,5 +99,5 @@ def _label(axes: Axes, rows: Sequence[FidelityRow]) -> None:
                 break
             label.remove()
         else:
-            label = axes.annotate(row.kv_spec, (row.bits_per_element, row.kld or 0), fontsize=9)
+            label = axes.annotate(row.label, (row.bits_per_element, row.kld or 0), fontsize=9)
         taken.append(label)

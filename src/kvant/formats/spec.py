@@ -299,11 +299,10 @@ class KVSpec:
 
     @property
     def label(self) -> str:
-        """The name of the preset that this is, else its spelling."""
-        for name, spelling in PRESETS.items():
-            if str(self) == spelling:
-                return name
-        return str(self)
+        """A shorter spelling, by the name of the preset where it is one."""
+        whole, *layers = str(self).split(";")
+        names = {spelling: name for name, spelling in PRESETS.items()}
+        return ";".join((names.get(whole, whole), *layers))
 
     @property
     def fine(self) -> KVSpec:
