@@ -33,7 +33,7 @@ PLACES = {
     "mixed": (0, 5, 12, 20, 28, 36, 44, 60),
 }
 NORMS = (605.0, 921.0)
-SPECS = ("int8", "int4", "int4h", "int8h", "k8v8", "k8v4", "k5v4", "k4v4", "k4v3")
+SPECS = ("int8", "int4", "int4h", "int8h", "k8v8", "k8v4", "k5v4", "k4v4", "k4v3", "k3v3")
 
 
 def _rope(x: NDArray[Any], positions: NDArray[Any]) -> NDArray[Any]:

@@ -36,7 +36,11 @@ from kvant.formats import (
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "docs" / "formats.md"
 RESULTS = ROOT / "benchmarks" / "results"
-MEASURED = ("fidelity-presets-smollm2-2026-11-23.json", "fidelity-formats-smollm2-2026-11-23.json")
+MEASURED = (
+    "fidelity-presets-smollm2-2026-11-23.json",
+    "fidelity-formats-smollm2-2026-11-23.json",
+    "fidelity-tuned-smollm2-2026-11-23.json",
+)
 PEERS = "peers-fidelity-smollm2-2026-11-23.json"
 KEY_BIAS = "key-bias-2026-11-23.json"
 CONTEXT = 4096
@@ -58,6 +62,11 @@ def docs_of(module: ModuleType) -> str:
     for role in (":class:", ":func:", ":mod:"):
         text = text.replace(role, "")
     return text.strip()
+
+
+def short(spelling: str) -> str:
+    whole, *layers = KVSpec.parse(spelling).label.split(";")
+    return whole + (f"; {len(layers)} groups of layers apart" if layers else "")
 
 
 def presets() -> str:
@@ -91,7 +100,7 @@ def loss() -> str:
         found = load(name)
         rows = [
             (
-                f"`{KVSpec.parse(row['kv_spec']).label}`",
+                f"`{short(row['kv_spec'])}`",
                 f"{row['bits_per_element']:.2f}",
                 f"{row['kld']:.2g}",
                 f"{row['kld_p99']:.2g}",
@@ -179,6 +188,7 @@ def document() -> str:
 
         SmolLM2-135M-Instruct (head_dim 64), WikiText-2 raw test, weights in float32, against an
         exact cache, teacher-forced through the engine. KL divergence of the next token in nats.
+        (`k4v2` in a command was a name for `k=int4c,v=int2m+s64r64`; `k3v3` took its place.)
 
         {loss}
 

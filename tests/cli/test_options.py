@@ -137,7 +137,7 @@ def test_info_takes_the_options_that_change_sizes(run: Run) -> None:
                 "f16",
             ],
         ),
-        ("int4+s64r64:k=f16,v=bf16,k4v2", ["int4+s64r64:k=f16,v=bf16", "k=int4c,v=int2m+s64r64"]),
+        ("int4+s64r64:k=f16,v=bf16,k3v3", ["int4+s64r64:k=f16,v=bf16", "k=int3c,v=int3m+s64r64"]),
         (
             "int8, K=int8h , v=int4h+r64,int4,v=int4,k=int8,k=bf16,v=int4",
             ["int8", "k=int8h,v=int4h+r64", "int4", "k=int8,v=int4", "k=bf16,v=int4"],

@@ -27,7 +27,7 @@ SPECS = [
     "int4+r64:bf16",
     "int4h+s64r64",
     "k4v4",
-    "k4v2;-1=int8h",
+    "k3v3;-1=int8h",
 ]
 VOCAB = 97
 _PRIME = 1_000_003

@@ -465,7 +465,7 @@ def test_bits_of_a_sequence_are_all_the_bytes_it_holds(
         ("bf16", 128, 32_768),
         ("k8v4", 128, 8_704 + 4_224),
         ("k4v4", 128, 4_608 + 4_224),
-        ("k4v2", 64, 2_304 + 1_152),
+        ("k3v3", 64, 1_792 + 1_664),
     ],
 )
 def test_page_bytes_are_those_of_the_design(text: str, head_dim: int, nbytes: int) -> None:

@@ -234,8 +234,8 @@ def test_what_nobody_wrote_is_never_seen(backend: str, kv: str) -> None:
 @pytest.mark.parametrize(
     ("kv", "token"),
     (
-        *((kv, 70) for kv in ("f32", "f16", "int8", "int4h", "int4h+r64", "k8v8", "k4v2")),
-        *((kv, 10) for kv in ("int4h+s64r64", "k8v8", "k4v2", "int4c+r64")),
+        *((kv, 70) for kv in ("f32", "f16", "int8", "int4h", "int4h+r64", "k8v8", "k3v3")),
+        *((kv, 10) for kv in ("int4h+s64r64", "k8v8", "k3v3", "int4c+r64")),
     ),
 )
 def test_a_broken_token_reaches_only_those_who_see_it(

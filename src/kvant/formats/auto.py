@@ -10,7 +10,8 @@ BOUND = 0.0075
 """Mean KL divergence of the next token, nats, from an exact cache, that ``auto`` accepts."""
 
 # By architecture: preset -> mean KL divergence, from kvant eval fidelity on WikiText-2, 6 windows
-# of 2048 tokens: benchmarks/results/fidelity-presets-smollm2-2026-11-23.json.
+# of 2048 tokens: benchmarks/results/fidelity-presets-smollm2-2026-11-23.json, and for k3v3
+# fidelity-formats-smollm2-2026-11-23.json there.
 MEASURED: dict[str, dict[str, float]] = {
     "llama": {
         "k8v8": 1.56e-05,
@@ -18,7 +19,7 @@ MEASURED: dict[str, dict[str, float]] = {
         "k5v4": 0.00163,
         "k4v4": 0.00474,
         "k4v3": 0.00801,
-        "k4v2": 0.0308,
+        "k3v3": 0.0239,
     }
 }
 

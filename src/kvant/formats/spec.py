@@ -76,7 +76,7 @@ PRESETS = {
     "k5v4": "k=int5c,v=int4m+s64r64",
     "k4v4": "k=int4c,v=int4m+s64r64",
     "k4v3": "k=int4c,v=int3m+s64r64",
-    "k4v2": "k=int4c,v=int2m+s64r64",
+    "k3v3": "k=int3c,v=int3m+s64r64",
 }
 
 # When to take it, in a line.
@@ -101,7 +101,7 @@ ABOUT = {
     "k5v4": "the safe choice at a third of 16 bits, also with large key biases",
     "k4v4": "4 bits that stay accurate (quant_policy 4)",
     "k4v3": "a quarter of 16 bits",
-    "k4v2": "the smallest; measure it on your model first",
+    "k3v3": "the smallest, not for large key biases; kvant eval tune does better",
 }
 
 # The seed system's numbers. 0 is the 16-bit cache of the model's dtype (see resolve_spec).
