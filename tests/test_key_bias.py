@@ -21,7 +21,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_presets_survive_a_key_bias_that_plain_int4_does_not(benchmark: Any) -> None:
-    """Presets with 4 bits and more for keys at the norm of Qwen2.5-7B's first layer; those with more than 4 bits for keys
+    """With 4 bits and more for keys at the norm of Qwen2.5-7B's first layer; with more than 4
     also at that of its last, where 4 bits come to 0.0304 if the pairs are the fastest."""
     rows = {row["kv"]: row for row in benchmark.measure(("int4", "int4h", *PRESETS))}
     assert rows["int4"]["worst"] > 10 and rows["int4h"]["worst"] > 1
