@@ -39,7 +39,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 MEASURED = (
     "fidelity-presets-smollm2-2026-11-23.json",
     "fidelity-formats-smollm2-2026-11-23.json",
-    "fidelity-tuned-smollm2-2026-11-23.json",
+    "fidelity-tuned-4.6-smollm2-2026-11-23.json",
+    "fidelity-tuned-3.7-smollm2-2026-11-23.json",
 )
 PEERS = "peers-fidelity-smollm2-2026-11-23.json"
 KEY_BIAS = "key-bias-2026-11-23.json"
