@@ -95,7 +95,7 @@ class ReferenceBackend:
             last_group = (seq.end - 1) // PAGE_TOKENS
             in_base = seq.pages[self._num_sink : last_group + (not self._has_recent)]
             base = _Segment.read(self._base[layer], in_base)
-            sink = _Segment.read(self._recent[layer], seq.pages[: self._num_sink])
+            sink = [_Segment.read(self._recent[layer], seq.pages[:1])] if self._num_sink else []
             for first in range(seq.start - seq.start % _TILE, seq.end, _TILE):
                 segments = self._segments(layer, seq, first // PAGE_TOKENS, sink, base)
                 start, end = max(seq.start, first), min(seq.end, first + _TILE)
@@ -108,7 +108,7 @@ class ReferenceBackend:
         return _like(out, q)
 
     def _segments(
-        self, layer: int, seq: BatchSequence, group: int, sink: _Segment, base: _Segment
+        self, layer: int, seq: BatchSequence, group: int, sink: list[_Segment], base: _Segment
     ) -> list[_Segment]:
         """What queries of a group see, whole pages: sink, earlier pages, their own."""
         if not self._has_recent:
@@ -116,7 +116,7 @@ class ReferenceBackend:
         own = _Segment.read(*self._fine_page(layer, seq, group))
         if group < self._num_sink:
             return [own]
-        return [sink, base.first((group - self._num_sink) * PAGE_TOKENS), own]
+        return [*sink, base.first((group - self._num_sink) * PAGE_TOKENS), own]
 
     def _fine_page(
         self, layer: int, seq: BatchSequence, group: int
