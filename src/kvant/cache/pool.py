@@ -13,6 +13,10 @@ from kvant.errors import ConfigError
 
 __all__ = ["BytePool"]
 
+# Shared memory, Python's default, has no huge pages, and a page of a sequence lies anywhere: with
+# small ones the processor looks up more addresses than it reads lines.
+_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+
 
 class BytePool:
     """``num_pages`` pages of ``page_bytes`` bytes, page-aligned, zero until written.
@@ -27,7 +31,7 @@ class BytePool:
         self.page_bytes = page_bytes
         self.num_pages = num_pages
         try:
-            region = mmap.mmap(-1, max(num_pages * page_bytes, 1))
+            region = mmap.mmap(-1, max(num_pages * page_bytes, 1), flags=_PRIVATE)
         except (OSError, OverflowError) as error:
             raise ConfigError(
                 f"the system refuses a KV cache of {num_pages * page_bytes} bytes ({error}); "

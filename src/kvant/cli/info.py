@@ -23,6 +23,7 @@ from kvant.config import EngineConfig, parse_bytes
 from kvant.errors import ConfigError
 from kvant.formats import ABOUT, FORMATS, PAGE_TOKENS, PRESETS, KVShape, KVSpec
 from kvant.kernels import BACKENDS
+from kvant.kernels.cpu import available_isas, chosen_isa
 from kvant.machine import cpu, isa, package_version
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def _machine() -> Json:
         "cpu": cpu(),
         "cores": os.cpu_count(),
         "isa": isa(),
+        "kernels": {"isa": chosen_isa(), "available": available_isas()},
         "memory_free": free_memory(),
         "gpus": _gpus(),
         "backends": ["auto", *BACKENDS],
@@ -122,6 +124,8 @@ def _machine_text(facts: Json) -> str:
             f"kvant     {facts['kvant']} on Python {facts['python']}; {', '.join(packages)}",
             f"CPU       {facts['cpu']}, {facts['cores']} cores",
             f"ISA       {' '.join(facts['isa']) or 'no known extension found'}",
+            f"kernels   {facts['kernels']['isa']} (of {', '.join(facts['kernels']['available'])}; "
+            "KVANT_ISA forces one)",
             f"memory    {_gib(facts['memory_free'])} free",
             f"GPU       {'; '.join(facts['gpus']) or 'none found'}",
             f"backends  {', '.join(facts['backends'])} (auto is {facts['auto_backend']})",

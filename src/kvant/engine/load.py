@@ -108,8 +108,9 @@ def _session_len(config: EngineConfig, model: DecoderConfig, cache: CacheSize) -
 
 
 def _share_cores(num_threads: int | None) -> None:
-    """One pool of busy threads for the process: torch's. numpy's BLAS, which the reference
-    backend uses for small products, keeps to the calling thread."""
+    """One pool of busy threads for the process: torch's OpenMP, which the cpu backend works on
+    too. numpy's BLAS, which the reference backend uses for small products, keeps to the calling
+    thread."""
     cores = os.cpu_count() or 1
     if num_threads is not None and num_threads > cores:
         raise ConfigError(f"num_threads={num_threads} exceeds the {cores} cores of this machine")
@@ -164,7 +165,7 @@ def start_model(opened: OpenModel, weights: DecoderWeights, config: EngineConfig
     memory = KVMemory.allocate(spec, model.kv_shape, size.num_pages, size.num_recent, step_tokens)
     engine = Engine(
         Decoder(model, weights, longest=session_len),
-        make_backend(config.backend, memory),
+        make_backend(config.backend, memory, config.num_threads or torch.get_num_threads()),
         memory,
         vocab_size=model.vocab_size,
         session_len=session_len,

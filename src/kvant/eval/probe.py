@@ -63,11 +63,9 @@ class Probe:
         self.signal[:, layer] += np.square(exact).sum(axis=(1, 2, 3, 4))
         self.noise[:, layer] += np.square(exact - kept).sum(axis=(1, 2, 3, 4))
 
-    def attend(
-        self, layer: int, q: Any, batch: Batch, *, scale: float, window: int | None = None
-    ) -> Any:
+    def attend(self, layer: int, q: Any, batch: Batch, **options: Any) -> Any:
         """Pass on."""
-        return self._inner.attend(layer, q, batch, scale=scale, window=window)
+        return self._inner.attend(layer, q, batch, **options)
 
     def sqnr_db(self) -> F64:
         """Signal to quantization noise ratio, dB ``[2, layers]``, keys first; infinite where

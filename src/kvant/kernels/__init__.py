@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from kvant.errors import ConfigError, did_you_mean
 from kvant.kernels.backend import Backend, Batch, BatchSequence, KVMemory
+from kvant.kernels.cpu import CPUBackend
 from kvant.kernels.null import NullBackend
 from kvant.kernels.reference import ReferenceBackend
 
@@ -19,8 +20,9 @@ __all__ = [
     "make_backend",
 ]
 
-# In order of preference: "auto" takes the first.
-BACKENDS: dict[str, Callable[[KVMemory], Backend]] = {
+# In order of preference: "auto" takes the first. The number is that of threads; None lets it choose.
+BACKENDS: dict[str, Callable[[KVMemory, int | None], Backend]] = {
+    "cpu": CPUBackend,
     "reference": ReferenceBackend,
     "null": NullBackend,
 }
@@ -42,6 +44,11 @@ def check_backend(name: str) -> str:
     return name
 
 
-def make_backend(name: str, memory: KVMemory) -> Backend:
-    """The backend that :func:`check_backend` finds, over ``memory``."""
-    return BACKENDS[check_backend(name)](memory)
+def make_backend(name: str, memory: KVMemory, num_threads: int | None = None) -> Backend:
+    """The backend that :func:`check_backend` finds, over ``memory``. ``num_threads`` None means
+    ``OMP_NUM_THREADS`` or all cores.
+
+    Raises:
+        ConfigError: no such backend, or it cannot hold such a cache.
+    """
+    return BACKENDS[check_backend(name)](memory, num_threads)

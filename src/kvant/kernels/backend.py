@@ -100,12 +100,25 @@ class Backend(Protocol):
         ...
 
     def attend(
-        self, layer: int, q: Any, batch: Batch, *, scale: float, window: int | None = None
+        self,
+        layer: int,
+        q: Any,
+        batch: Batch,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: NDArray[np.float32] | None = None,
     ) -> Any:
         """Causal attention of queries ``q [T, H, D]`` to the *encoded* keys and values of their
         sequences, their own positions included; returns ``[T, H, D]`` like ``q``.
 
-        ``scale`` multiplies the scores. With ``window`` a query at position t sees positions
-        ``(t - window, t]`` only.
+        Args:
+            scale: multiplies the scores.
+            window: a query at position t sees positions ``(t - window, t]`` only.
+            softcap: a score s, after scaling, becomes ``softcap * tanh(s / softcap)`` (Gemma 2).
+            sinks: ``[H]``, finite; the softmax of a head has one more entry with this logit and
+                no value, so its weights add up to less than 1 (gpt-oss). Neither scaled nor
+                capped.
         """
         ...

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvant.kernels.backend import Batch, KVMemory
 
 __all__ = ["NullBackend"]
@@ -14,7 +17,7 @@ class NullBackend:
 
     name = "null"
 
-    def __init__(self, memory: KVMemory) -> None:
+    def __init__(self, memory: KVMemory, num_threads: int | None = None) -> None:
         pass
 
     def write(self, layer: int, k: Any, v: Any, batch: Batch) -> None:
@@ -28,6 +31,8 @@ class NullBackend:
         *,
         scale: float,  # noqa: ARG002
         window: int | None = None,  # noqa: ARG002
+        softcap: float | None = None,  # noqa: ARG002
+        sinks: NDArray[np.float32] | None = None,  # noqa: ARG002
     ) -> Any:
         """Return ``q``."""
         return q

@@ -45,12 +45,37 @@ class _Segment(NamedTuple):
         return self._replace(k=self.k[:, :count], v=self.v[:, :count])
 
 
+class _Softmax(NamedTuple):
+    """What becomes of dot products; the options of ``attend``."""
+
+    scale: float
+    softcap: float | None
+    sinks: F32  # [H]; without sinks -inf, which changes no bit
+
+    def weights(self, scores: F32, visible: NDArray[np.bool_]) -> tuple[F32, F32]:
+        """Of dot products ``[Hkv, share * n, N]``, rows of a head together: weights that are not
+        normalized yet, and their sums ``[..., 1]``. Keys that a query does not see
+        (``visible [n, N]``) may be anything, NaN included."""
+        rows = len(visible)
+        scores = scores * np.float32(self.scale)
+        if self.softcap is not None:
+            cap = np.float32(self.softcap)
+            scores = cap * np.tanh(scores / cap)
+        scores = np.where(
+            np.tile(visible, (scores.shape[1] // rows, 1)), scores, np.float32(-np.inf)
+        )
+        sink = np.repeat(self.sinks.reshape(len(scores), -1), rows, axis=1)[..., None]
+        highest = np.maximum(scores.max(axis=-1, keepdims=True), sink)
+        weights = np.exp(scores - highest)
+        return weights, weights.sum(axis=-1, keepdims=True) + np.exp(sink - highest)
+
+
 class ReferenceBackend:
     """See the module's docstring; the contract is :class:`kvant.kernels.backend.Backend`."""
 
     name = "reference"
 
-    def __init__(self, memory: KVMemory) -> None:
+    def __init__(self, memory: KVMemory, num_threads: int | None = None) -> None:  # noqa: ARG002
         spec, shape = memory.spec, memory.shape
         self._has_recent = spec.recent is not None
         self._num_sink = int(spec.sink)
@@ -86,10 +111,21 @@ class ReferenceBackend:
                 self._base[layer].fill(seq.pages[group : group + 1], *store.decode(page))
 
     def attend(
-        self, layer: int, q: Any, batch: Batch, *, scale: float, window: int | None = None
+        self,
+        layer: int,
+        q: Any,
+        batch: Batch,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: F32 | None = None,
     ) -> Any:
         """Plain softmax attention over dequantized pages, a tile of one sequence at a time."""
         queries = _float32(q)
+        if sinks is None:
+            sinks = np.full(queries.shape[1], -np.inf, np.float32)
+        softmax = _Softmax(scale, softcap, sinks)
         out = np.empty_like(queries)
         for seq in batch.sequences:
             last_group = (seq.end - 1) // PAGE_TOKENS
@@ -103,7 +139,7 @@ class ReferenceBackend:
                 tile = np.zeros((_TILE, *queries.shape[1:]), np.float32)
                 tile[start - first : end - first] = queries[rows]
                 visible = _visible(first, sum(seg.k.shape[1] for seg in segments), window)
-                attended = _softmax_attention(tile, segments, visible, scale)
+                attended = _attention(tile, segments, visible, softmax)
                 out[rows] = attended[start - first : end - first]
         return _like(out, q)
 
@@ -137,11 +173,10 @@ def _visible(first: int, num_keys: int, window: int | None) -> NDArray[np.bool_]
     return seen if window is None else seen & (key > query - window)
 
 
-def _softmax_attention(
-    q: F32, segments: list[_Segment], visible: NDArray[np.bool_], scale: float
+def _attention(
+    q: F32, segments: list[_Segment], visible: NDArray[np.bool_], softmax: _Softmax
 ) -> F32:
-    """Attend queries ``q [n, H, D]`` to the concatenation of the segments; ``[n, H, D]``.
-    Keys that a query does not see may be anything, NaN included."""
+    """Attend queries ``q [n, H, D]`` to the concatenation of the segments; ``[n, H, D]``."""
     rows, heads, dim = q.shape
     kv_heads = segments[0].k.shape[0]
     share = heads // kv_heads
@@ -151,9 +186,7 @@ def _softmax_attention(
         scores = np.concatenate(
             [seg.k_format.rotate(flat) @ seg.k.swapaxes(1, 2) for seg in segments], axis=-1
         )
-        scores *= np.float32(scale)
-        scores = np.where(np.tile(visible, (share, 1)), scores, np.float32(-np.inf))
-        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights, total = softmax.weights(scores, visible)
         out = np.zeros_like(flat)
         position = 0
         for seg in segments:
@@ -161,7 +194,7 @@ def _softmax_attention(
             part = _weighted_sum(weights[..., position : position + length], seg.v)
             out += seg.v_format.unrotate(part)
             position += length
-        out /= weights.sum(axis=-1, keepdims=True)
+        out /= total
     by_row = out.reshape(kv_heads, share, rows, dim).transpose(2, 0, 1, 3)
     return by_row.reshape(rows, heads, dim)
 

@@ -1,0 +1,115 @@
+// Threads are those of OpenMP, which torch uses too: the process has one pool of them, and a step's
+// products and attention take turns on it.
+
+#include "backend.hpp"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "division.hpp"
+
+namespace kvant {
+
+namespace {
+
+// Work of a thread that is worth waking it up: about 20 microseconds.
+constexpr int64_t kThreadCost = 10000;
+constexpr int64_t kWriteCost = 2;  // of an element, in units of Division::cost
+
+Layer in_scratch(Layer fine) {
+    fine.offset = 0;
+    return fine;
+}
+
+}  // namespace
+
+void Plan::add(int64_t row, int64_t start, int64_t end, const int64_t* pages, size_t num_pages,
+               const int64_t* fine_pages, size_t num_fine) {
+    const size_t at = tables_.size();
+    tables_.insert(tables_.end(), pages, pages + num_pages);
+    tables_.insert(tables_.end(), fine_pages, fine_pages + num_fine);
+    places_.emplace_back(at, at + num_pages);
+    sequences_.push_back({row, start, end, nullptr, nullptr});
+}
+
+const std::vector<Sequence>& Plan::sequences() {
+    for (size_t i = 0; i < sequences_.size(); ++i) {
+        sequences_[i].pages = tables_.data() + places_[i].first;
+        sequences_[i].fine_pages = tables_.data() + places_[i].second;
+    }
+    return sequences_;
+}
+
+Backend::Backend(const Kernels* kernels, const Store& store, std::vector<float> signs,
+                 std::vector<LayerPair> layers, int threads)
+    : kernels_(kernels), store_(store), signs_(std::move(signs)), layers_(std::move(layers)),
+      threads_(threads) {
+    store_.signs = signs_.data();
+}
+
+template <typename Body>
+void Backend::run(size_t count, int64_t cost, size_t scratch_bytes, const Body& body) {
+    const int64_t useful = std::min<int64_t>(count, cost / kThreadCost);
+    const int threads = static_cast<int>(std::clamp<int64_t>(useful, 1, threads_));
+    scratch_bytes = (scratch_bytes + 127) / 128 * 128;
+    uint8_t* scratch = scratch_.reserve(threads * scratch_bytes);
+    std::atomic<size_t> next{0};
+    const auto work = [&](int thread) {
+        for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;)
+            body(i, scratch + thread * scratch_bytes);
+    };
+    if (threads == 1) return work(0);
+#pragma omp parallel num_threads(threads)
+    work(omp_get_thread_num());
+}
+
+void Backend::write(Plan& plan, int layer, const Tensor& k, const Tensor& v) {
+    const auto& [base, fine] = layers_[layer];
+    const WriteCall call{&store_, base, fine, in_scratch(fine), k, v};
+    struct Group {
+        const Sequence* sequence;
+        int64_t number;
+    };
+    std::vector<Group> groups;
+    int64_t rows = 0;
+    for (const Sequence& seq : plan.sequences()) {
+        rows += seq.end - seq.start;
+        for (int64_t at = seq.start / kPageTokens; at * kPageTokens < seq.end; ++at)
+            groups.push_back({&seq, at});
+    }
+    const int64_t cost = rows * store_.kv_heads * store_.head_dim * kWriteCost;
+    run(groups.size() * store_.kv_heads, cost, kernels_->write_scratch(store_.head_dim),
+        [&](size_t i, uint8_t* scratch) {
+            const Group& group = groups[i / store_.kv_heads];
+            const int head = static_cast<int>(i % store_.kv_heads);
+            kernels_->write_group(call, *group.sequence, head, group.number, scratch);
+        });
+}
+
+void Backend::attend(Plan& plan, int layer, const Tensor& q, const Tensor& out, int heads,
+                     float scale, int64_t window, float softcap, const float* sinks) {
+    const auto& [base, fine] = layers_[layer];
+    const AttendCall call{&store_, base,  fine,   in_scratch(fine), q,    out,
+                          heads,   scale, window, softcap,          sinks};
+    const auto& sequences = plan.sequences();
+    const Division work = divide(sequences, store_, heads, window, threads_);
+    auto* partials = reinterpret_cast<float*>(partials_.reserve(work.partials * sizeof(float)));
+    std::vector<std::atomic<int64_t>> left(work.tiles.size());
+    for (size_t i = 0; i < left.size(); ++i) left[i] = work.tiles[i].items;
+
+    run(work.items.size(), work.cost, kernels_->attend_scratch(call, work.most_rows),
+        [&](size_t i, uint8_t* scratch) {
+            const Item& item = work.items[i];
+            const TileWork& tile = work.tiles[item.tile];
+            const Sequence& seq = sequences[tile.tile.sequence];
+            float* results = tile.items > 1 ? partials + tile.partials : nullptr;
+            kernels_->attend_item(call, seq, tile.tile, item.begin, item.end, results, scratch);
+            // Whoever makes the last result of a tile merges them.
+            if (results && left[item.tile].fetch_sub(1) == 1)
+                kernels_->finish_tile(call, seq, tile.tile, tile.count, results, scratch);
+        });
+}
+
+}  // namespace kvant

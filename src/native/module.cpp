@@ -1,0 +1,119 @@
+// The Python module kvant.kernels._native.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+
+#include "backend.hpp"
+#include "isa.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace kvant;
+
+namespace {
+
+template <typename T> using Array = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+const Kernels* find(const std::string& isa) {
+    for (const Kernels* each : available_kernels())
+        if (isa == each->isa) return each;
+    throw std::invalid_argument("no kernels for " + isa);
+}
+
+
+// Tensors come as (address, type, row stride, head stride): DLPack would take longer than the
+// attention of a short sequence.
+Tensor tensor(nb::tuple x) {
+    return {reinterpret_cast<void*>(nb::cast<uintptr_t>(x[0])),
+            static_cast<DType>(nb::cast<int>(x[1])), nb::cast<int64_t>(x[2]),
+            nb::cast<int64_t>(x[3])};
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    m.def("available_isas", [] {
+        std::vector<std::string> names;
+        for (const Kernels* each : available_kernels()) names.push_back(each->isa);
+        return names;
+    });
+
+    nb::class_<Pool>(m, "Pool").def(
+        "__init__",
+        [](Pool* self, nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> pages) {
+            new (self) Pool{pages.data(), static_cast<int64_t>(pages.shape(1))};
+        },
+        "pages"_a);
+
+    nb::class_<Part>(m, "Part").def(
+        "__init__",
+        [](Part* self, int family, int dtype, int bits, bool rotated, bool by_page, int nbytes,
+           int scale, int zero, std::pair<int, int> codes, std::pair<int, int> widths) {
+            new (self) Part{static_cast<Family>(family), static_cast<DType>(dtype), bits, rotated,
+                            by_page, nbytes, scale, zero, {codes.first, codes.second},
+                            {widths.first, widths.second}};
+        },
+        nb::kw_only(), "family"_a, "dtype"_a, "bits"_a, "rotated"_a, "by_page"_a, "nbytes"_a,
+        "scale"_a, "zero"_a, "codes"_a, "widths"_a);
+
+    nb::class_<Layer>(m, "Layer").def(
+        "__init__",
+        [](Layer* self, int64_t offset, const Part& k, const Part& v) {
+            new (self) Layer{offset, k, v};
+        },
+        "offset"_a, "k"_a, "v"_a);
+
+    nb::class_<Plan>(m, "Plan")
+        .def(nb::init<>())
+        .def(
+            "add",
+            [](Plan& plan, int64_t row, int64_t start, int64_t end, Array<const int64_t> pages,
+               Array<const int64_t> fine_pages) {
+                plan.add(row, start, end, pages.data(), pages.size(), fine_pages.data(),
+                         fine_pages.size());
+            },
+            "row"_a, "start"_a, "end"_a, "pages"_a, "fine_pages"_a);
+
+    nb::class_<Backend>(m, "Backend")
+        .def(
+            "__init__",
+            [](Backend* self, const std::string& isa, const Pool& base, const Pool& recent,
+               const Pool& scratch, int64_t num_recent, bool has_recent, int64_t num_sink,
+               int kv_heads, int head_dim, std::vector<float> signs,
+               const std::vector<std::pair<Layer, Layer>>& layers, int threads) {
+                std::vector<Backend::LayerPair> pairs;
+                for (const auto& [base_layer, fine] : layers) pairs.push_back({base_layer, fine});
+                const Store store{base,     recent,   scratch,  num_recent, has_recent,
+                                  num_sink, kv_heads, head_dim, nullptr};
+                new (self) Backend(find(isa), store, std::move(signs), std::move(pairs), threads);
+            },
+            nb::kw_only(), "isa"_a, "base"_a, "recent"_a, "scratch"_a, "num_recent"_a,
+            "has_recent"_a, "num_sink"_a, "kv_heads"_a, "head_dim"_a, "signs"_a, "layers"_a,
+            "threads"_a)
+        .def(
+            "write",
+            [](Backend& self, Plan& plan, int layer, nb::tuple k, nb::tuple v) {
+                const Tensor keys = tensor(k), values = tensor(v);
+                nb::gil_scoped_release release;
+                self.write(plan, layer, keys, values);
+            },
+            "plan"_a, "layer"_a, "k"_a, "v"_a)
+        .def(
+            "attend",
+            [](Backend& self, Plan& plan, int layer, nb::tuple q, nb::tuple out, int heads,
+               float scale, int64_t window, float softcap,
+               std::optional<Array<const float>> sinks) {
+                const Tensor queries = tensor(q), outputs = tensor(out);
+                nb::gil_scoped_release release;
+                self.attend(plan, layer, queries, outputs, heads, scale, window, softcap,
+                            sinks ? sinks->data() : nullptr);
+            },
+            "plan"_a, "layer"_a, "q"_a, "out"_a, "heads"_a, "scale"_a, "window"_a, "softcap"_a,
+            "sinks"_a.none());
+}
