@@ -1,7 +1,7 @@
 # make demo    set up, then answer two prompts with 16-bit, int8 and 4-bit KV caches
 # make test    set up, then run all tests
 # make check   lint and types        make format   rewrite files        make clean
-# make sanitize  the kernel tests under ASan and UBSan
+# make sanitize    the kernel tests on a build with sanitizers
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -38,10 +38,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install -q --group dev
 	touch $@
 
-# A second build of the kernels, beside the installed one, which KVANT_NATIVE names.
+# On a second build of the kernels, in a temporary folder.
 sanitize: $(VENV)/.installed-dev
-	$(BIN)/pip install -q "scikit-build-core>=0.11" "nanobind>=2.4"
-	PATH="$(abspath $(BIN)):$$PATH" scripts/sanitize
+	PYTHON=$(BIN)/python scripts/sanitize
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -38,7 +38,7 @@ using namespace kvant;
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLowest = -FLT_MAX;  // the maximum of no scores, finite so that differences are
 
-constexpr bool wide(const Part& part) { return part.bits > 5; }
+constexpr bool wide(const Part& part) { return part.bits > 4; }
 
 // ------------------------------------------------------------------------------------------------
 // Products with what pages hold. B is lines of 64 bytes, [block][word][16 columns][4 bytes]: columns
@@ -93,6 +93,38 @@ KVANT_INLINE void multiply(I (&acc)[R][NB], const uint8_t* a, ptrdiff_t a_stride
             KVANT_UNROLL
             for (int n = 0; n < NB; ++n)
                 acc[r][n] = kSigned ? dot(acc[r][n], row, line[n]) : dot(acc[r][n], line[n], row);
+        }
+    }
+}
+
+// The same with B in fields of 4 bits: a line has the words `w` and `words + w` of keys, but of values
+// the blocks n and n + all of them: results of the second ones follow those of the first.
+template <int R, int NB, Side kSide>
+KVANT_INLINE void multiply_packed(I (&acc)[R][kSide == Side::k ? NB : 2 * NB], const uint8_t* a,
+                                  ptrdiff_t a_stride, const uint8_t* b, ptrdiff_t block_stride,
+                                  int words, Stream& next) {
+    const I mask = iset(0x0f0f0f0f);
+    for (int w = 0; w < words; ++w) {
+        next.pull();
+        KVANT_UNROLL
+        for (int field = 0; field < 2; ++field) {
+            I line[NB];
+            KVANT_UNROLL
+            for (int n = 0; n < NB; ++n) {
+                const I packed = iload(b + n * block_stride + 64 * w);
+                line[n] = iand(field ? shift_right<4>(packed) : packed, mask);
+                hold(line[n]);
+            }
+            KVANT_UNROLL
+            for (int r = 0; r < R; ++r) {
+                const int word = kSide == Side::k ? w + field * words : w;
+                const I row = iset(word_at(a + r * a_stride + 4 * word));
+                KVANT_UNROLL
+                for (int n = 0; n < NB; ++n) {
+                    I& to = acc[r][kSide == Side::k ? n : field * NB + n];
+                    to = kSide == Side::k ? dot(to, line[n], row) : dot(to, row, line[n]);
+                }
+            }
         }
     }
 }
@@ -263,32 +295,36 @@ static void widen_blocks(const uint8_t* from, uint8_t* lines, int dim, int words
 
 // Rows of a tile, as keys of one format want them.
 struct Queries {
-    float* vectors;   // [rows][padded dim], rotated if the format is
+    float* vectors;   // [rows][stride], rotated if the format is; zeros behind the last dimension
+    ptrdiff_t stride;
     Bytes bytes;      // rounded to integers; by page it is made anew for each page
     float* step;      // [rows] of an integer, times the scale of scores
     float* sum;       // [rows] of the vector, times the scale of scores
     int32_t* start;   // [rows] minus the sum of integers times 2^(bits - 1)
 };
 
-// Round x [dim] (padded with zeros) to integers of 16 or 8 bits; returns the step.
-KVANT_INLINE float round_query(const float* x, int dim, int bits, const Bytes& to, int row,
-                               int32_t* start) {
-    F most = zero();
-    for (int d = 0; d < dim; d += kLanes) most = max(abs(load(x + d)), most);
-    const float largest = highest(most), levels = to.low ? 32512.0f : 127.0f;
+// Round x [dim], zeros behind it up to a multiple of 64, to integers of 16 or 8 bits, given the largest
+// magnitude; returns the step.
+KVANT_INLINE float round_query(const float* x, float largest, int dim, int bits, const Bytes& to,
+                               int row, int32_t* start) {
+    const float levels = to.low ? 32512.0f : 127.0f;
     const F inverse = set(largest > FLT_MIN * 65536 ? levels / largest : 0.0f);
     I total = izero();
-    for (int d = 0; d < dim; d += kLanes) {
-        const I each = to_int(mul(load(x + d), inverse));
-        total = iadd(total, each);
+    for (int d = 0; d < dim; d += 4 * kLanes) {
         uint8_t* high = to.high + row * to.stride + d;
+        I all[4];
+        for (int i = 0; i < 4; ++i) all[i] = to_int(mul(load(x + d + i * kLanes), inverse));
+        total = iadd(total, iadd(iadd(all[0], all[1]), iadd(all[2], all[3])));
         if (to.low) {
-            const I upper = shift_right<8>(iadd(each, iset(128)));
-            store_bytes(high, upper);
-            store_bytes(to.low + row * to.stride + d, isub(each, shift_left<8>(upper)));
-        } else {
-            store_bytes(high, each);
+            I lower[4];
+            for (int i = 0; i < 4; ++i) {
+                const I upper = shift_right<8>(iadd(all[i], iset(128)));
+                lower[i] = isub(all[i], shift_left<8>(upper));
+                all[i] = upper;
+            }
+            store_bytes(to.low + row * to.stride + d, lower);
         }
+        store_bytes(high, all);
     }
     *start = -int32_t(uint32_t(isum(total)) << (bits - 1));
     return largest / levels;
@@ -297,6 +333,8 @@ KVANT_INLINE float round_query(const float* x, int dim, int bits, const Bytes& t
 struct Scales {
     float* scale;   // [64] by token, [padded dim] by page
     float* centre;  // z' of the same
+    float step;     // of V by token, if all rows see all of the page: `scale` is what `make_grid`
+                    // makes of it; else -1, and each row makes its own
 };
 
 KVANT_INLINE void read_scales(const Part& part, const uint8_t* data, int count, const Scales& to) {
@@ -315,18 +353,19 @@ struct Page {
     const Part *k, *v;
     const uint8_t *k_data, *v_data;
     bool fine;
+    bool whole;            // all rows of the tile see all of it
     int64_t first;         // position of its first token
     int first_row;         // of its KV head in the tile
 };
 
 template <int R, DType kType>
-KVANT_INLINE void float_scores(float* scores, const float* q, int dim, const uint8_t* keys,
-                               float unit, Stream& next) {
+KVANT_INLINE void float_scores(float* scores, const Queries& q, int row, int dim,
+                               const uint8_t* keys, float unit, Stream& next) {
     const int words = kType == DType::f32 ? dim : dim / 2;
     for (int block = 0; block < kPageTokens / 16; block += kBlocks) {
         F acc[R][kBlocks];
         fill<R, kBlocks>(acc, zero());
-        multiply<R, kBlocks, kType>(acc, q, padded(dim), keys + 64 * words * block, 64 * words,
+        multiply<R, kBlocks, kType>(acc, q.vectors + row * q.stride, q.stride, keys + 64 * words * block, 64 * words,
                                     words, next, nullptr);
         KVANT_UNROLL
         for (int r = 0; r < R; ++r) {
@@ -339,13 +378,23 @@ KVANT_INLINE void float_scores(float* scores, const float* q, int dim, const uin
 
 template <int R>
 KVANT_INLINE void code_scores(float* scores, const Queries& q, int row, int dim, bool by_page,
-                              const uint8_t* lines, const Scales& of, Stream& next) {
+                              bool packed, const uint8_t* lines, const Scales& of, Stream& next) {
     const Bytes bytes{q.bytes.high + row * q.bytes.stride,
                       q.bytes.low ? q.bytes.low + row * q.bytes.stride : nullptr, q.bytes.stride};
     for (int block = 0; block < kPageTokens / 16; block += kBlocks) {
         I acc[R][kBlocks];
-        product<R, kBlocks, false, 8>(acc, bytes, q.start + row, lines + 16 * dim * block, 16 * dim,
-                                      dim / 4, next);
+        if (packed) {
+            KVANT_UNROLL
+            for (int r = 0; r < R; ++r) {
+                KVANT_UNROLL
+                for (int n = 0; n < kBlocks; ++n) acc[r][n] = iset(q.start[row + r]);
+            }
+            multiply_packed<R, kBlocks, Side::k>(acc, bytes.high, bytes.stride,
+                                                 lines + 8 * dim * block, 8 * dim, dim / 8, next);
+        } else {
+            product<R, kBlocks, false, 8>(acc, bytes, q.start + row, lines + 16 * dim * block,
+                                          16 * dim, dim / 4, next);
+        }
         KVANT_UNROLL
         for (int r = 0; r < R; ++r) {
             const F step = set(q.step[row + r]), sum = set(q.sum[row + r]);
@@ -386,8 +435,9 @@ KVANT_INLINE float highest4(const F (&x)[4]) {
 }
 
 // P in place of scores [64] of one row, of tokens whose bits are set in `seen` (not none).
-KVANT_INLINE void softmax(float* scores, uint64_t seen, float softcap, F (&p)[4], Weights& out,
-                          Stream& next) {
+// `rough` is enough where P is rounded to integers.
+KVANT_INLINE void softmax(float* scores, uint64_t seen, float softcap, bool rough, F (&p)[4],
+                          Weights& out, Stream& next) {
     for (int i = 0; i < 4; ++i) {
         next.pull();
         p[i] = load(scores + 16 * i);
@@ -395,47 +445,66 @@ KVANT_INLINE void softmax(float* scores, uint64_t seen, float softcap, F (&p)[4]
         if (~seen) p[i] = select(mask_of(seen >> 16 * i & 0xffff), p[i], set(kLowest));
     }
     out.most = highest4(p);
-    for (F& each : p) each = exp2(sub(each, set(out.most)));
+    const F most = set(out.most);
+    if (rough)
+        for (F& each : p) each = rough_exp2(sub(each, most));
+    else
+        for (F& each : p) each = exp2(sub(each, most));
     out.sum = sum4(p);
 }
 
+// Makes integers of P s: p_t times `factor[t]`, rounded, in units of `step`. P is at most 1, so the
+// largest scale decides. `factor` may be the scales.
+KVANT_INLINE float make_grid(const float* scale, uint64_t seen, float levels, float* factor) {
+    F s[4];
+    for (int i = 0; i < 4; ++i) {
+        s[i] = load(scale + 16 * i);
+        if (~seen) s[i] = select(mask_of(seen >> 16 * i & 0xffff), s[i], zero());
+    }
+    const float most = highest4(s);
+    const F inverse = set(most > 0 ? levels / most : 0.0f);
+    for (int i = 0; i < 4; ++i) store(factor + 16 * i, mul(s[i], inverse));
+    return most / levels;
+}
+
+KVANT_INLINE float levels_of(const Part& v) { return wide(v) ? 16383.0f : 255.0f; }
+
 // P times scales as integers, in the byte order of V's words; sums that belong to them.
 KVANT_INLINE void round_weights(const F (&p)[4], uint64_t seen, const Part& v, const Scales& of,
-                                uint8_t* high, uint8_t* low, Weights& out,
-                                Stream& next) {
+                                uint8_t* high, uint8_t* low, Weights& out, Stream& next) {
     F w[4];
     if (v.by_page) {
-        for (int i = 0; i < 4; ++i) w[i] = p[i];
+        for (int i = 0; i < 4; ++i) w[i] = mul(p[i], set(levels_of(v)));
         out.offset = out.sum;
+        out.step = 1 / levels_of(v);
     } else {
+        alignas(64) float own[kPageTokens];
+        const float* factor = of.scale;
+        out.step = of.step;
+        if (of.step < 0) out.step = make_grid(of.scale, seen, levels_of(v), own), factor = own;
         F z[4];
         for (int i = 0; i < 4; ++i) {
-            w[i] = mul(p[i], load(of.scale + 16 * i));
+            w[i] = mul(p[i], load(factor + 16 * i));
             z[i] = mul(p[i], load(of.centre + 16 * i));
-            if (~seen) {  // slots that nobody wrote may hold NaN
-                const M here = mask_of(seen >> 16 * i & 0xffff);
-                w[i] = select(here, w[i], zero());
-                z[i] = select(here, z[i], zero());
-            }
+            if (~seen)  // slots that nobody wrote may hold NaN
+                z[i] = select(mask_of(seen >> 16 * i & 0xffff), z[i], zero());
         }
         out.offset = sum4(z);
     }
-    const float most = highest4(w), levels = low ? 16383.0f : 255.0f;
-    const F inverse = set(most > 1e-30f ? levels / most : 0.0f);
-    out.step = most / levels;
-    I total = izero();
+    I all[4];
     for (int i = 0; i < 4; ++i) {
         next.pull();
-        const I each = to_int(mul(w[i], inverse));
-        total = iadd(total, each);
-        if (low) {
-            store_tokens(high + 16 * i, shift_right<7>(each));
-            store_tokens(low + 16 * i, iand(each, iset(127)));
-        } else {
-            store_tokens(high + 16 * i, each);
-        }
+        all[i] = to_int(w[i]);
     }
+    const I total = iadd(iadd(all[0], all[1]), iadd(all[2], all[3]));
     out.start = -int32_t(uint32_t(isum(total)) << (v.bits - 1));
+    if (low) {
+        const I lower[4] = {iand(all[0], iset(127)), iand(all[1], iset(127)),
+                            iand(all[2], iset(127)), iand(all[3], iset(127))};
+        store_tokens(low, lower);
+        for (I& each : all) each = shift_right<7>(each);
+    }
+    store_tokens(high, all);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -490,7 +559,30 @@ static void merge(const State& state, const State& later, int rows, int dim) {
 // ------------------------------------------------------------------------------------------------
 // Outputs of one page.
 
-// out [R][padded dim] = out * old + P V * new, with V as codes.
+// out [R][padded dim] = out * old + P V * new, with V as codes. Block n of the results is of
+// dimensions `first + 16 n`, from `half` on of `second + 16 (n - half)`.
+template <int R, int NB>
+KVANT_INLINE void merge_codes(float* out, int dim, int first, int half, int second, const Part& v,
+                              const I (&acc)[R][NB], const Weights* of, const Scales& scales,
+                              const Factors& by) {
+    KVANT_UNROLL
+    for (int r = 0; r < R; ++r) {
+        if (of[r].sum == 0) continue;  // it sees nothing here, so that not even NaN may reach it
+        const F old_part = set(by.old_part[r]), step = set(of[r].step * by.new_part[r]),
+                offset = set(of[r].offset * by.new_part[r]);
+        KVANT_UNROLL
+        for (int n = 0; n < NB; ++n) {
+            const int d = n < half ? first + 16 * n : second + 16 * (n - half);
+            const F more =
+                v.by_page ? fma(to_float(acc[r][n]), mul(step, load(scales.scale + d)),
+                                mul(offset, load(scales.centre + d)))
+                          : fma(to_float(acc[r][n]), step, offset);
+            float* at = out + r * padded(dim) + d;
+            store(at, fma(load(at), old_part, more));
+        }
+    }
+}
+
 template <int R, int NB>
 KVANT_INLINE void code_outputs(float* out, int dim, int block, const Part& v, const uint8_t* lines,
                                const Bytes& p, const Weights* of, const int32_t* start,
@@ -501,22 +593,23 @@ KVANT_INLINE void code_outputs(float* out, int dim, int block, const Part& v, co
         product<R, NB, false, 7>(acc, p, start, from, 1024, 16, next);
     else
         product<R, NB, true, 0>(acc, p, start, from, 1024, 16, next);
+    merge_codes<R, NB>(out, dim, 16 * block, NB, 0, v, acc, of, scales, by);
+}
+
+// The same with NB blocks of lines with two fields of 4 bits.
+template <int R, int NB>
+KVANT_INLINE void packed_outputs(float* out, int dim, int block, const Part& v,
+                                 const uint8_t* lines, const Bytes& p, const Weights* of,
+                                 const int32_t* start, const Scales& scales, const Factors& by,
+                                 Stream& next) {
+    I acc[R][2 * NB];
     KVANT_UNROLL
     for (int r = 0; r < R; ++r) {
-        if (of[r].sum == 0) continue;  // it sees nothing here, so that not even NaN may reach it
-        const F old_part = set(by.old_part[r]), step = set(of[r].step * by.new_part[r]),
-                offset = set(of[r].offset * by.new_part[r]);
         KVANT_UNROLL
-        for (int n = 0; n < NB; ++n) {
-            const int d = 16 * (block + n);
-            const F more =
-                v.by_page ? fma(to_float(acc[r][n]), mul(step, load(scales.scale + d)),
-                                mul(offset, load(scales.centre + d)))
-                          : fma(to_float(acc[r][n]), step, offset);
-            float* at = out + r * padded(dim) + d;
-            store(at, fma(load(at), old_part, more));
-        }
+        for (int n = 0; n < 2 * NB; ++n) acc[r][n] = iset(start[r]);
     }
+    multiply_packed<R, NB, Side::v>(acc, p.high, p.stride, lines + 1024 * block, 1024, 16, next);
+    merge_codes<R, 2 * NB>(out, dim, 16 * block, NB, 16 * block + dim / 2, v, acc, of, scales, by);
 }
 
 template <int R, int NB, DType kType>
@@ -570,7 +663,7 @@ struct Work {
     float* scores;         // [kRows][64], then P
     Bytes weights;         // [kRows][64]
     float* turned;         // [kRows][padded dim]
-    float* row;            // [padded dim]
+    float* row;            // [head_dim]
 
     Work(const AttendCall& call_, int rows_, Arena& arena)
         : call(call_), dim(call_.store->head_dim), rows(rows_),
@@ -579,10 +672,10 @@ struct Work {
         const int wide_dim = padded(dim);
         const auto queries = [&](const Part& part) {
             Queries q{};
-            q.vectors = arena.take<float>(rows * wide_dim);
-            q.bytes.stride = wide_dim;
-            q.bytes.high = arena.take<uint8_t>(rows * wide_dim);
-            q.bytes.low = wide(part) ? arena.take<uint8_t>(rows * wide_dim) : nullptr;
+            q.stride = q.bytes.stride = (dim + 63) / 64 * 64;
+            q.vectors = arena.take<float>(rows * q.stride);
+            q.bytes.high = arena.take<uint8_t>(rows * q.bytes.stride);
+            q.bytes.low = wide(part) ? arena.take<uint8_t>(rows * q.bytes.stride) : nullptr;
             q.step = arena.take<float>(rows);
             q.sum = arena.take<float>(rows);
             q.start = arena.take<int32_t>(rows);
@@ -599,13 +692,13 @@ struct Work {
         k_lines = arena.take<uint8_t>(kPageTokens * wide_dim);
         v_lines = arena.take<uint8_t>(4 * kPageTokens * wide_dim);
         const int most = wide_dim > kPageTokens ? wide_dim : kPageTokens;
-        k_scales = {arena.take<float>(most), arena.take<float>(most)};
-        v_scales = {arena.take<float>(most), arena.take<float>(most)};
+        k_scales = {arena.take<float>(most), arena.take<float>(most), -1};
+        v_scales = {arena.take<float>(most), arena.take<float>(most), -1};
         scores = arena.take<float>(kRows * kPageTokens);
         weights = {arena.take<uint8_t>(kRows * kPageTokens),
                    arena.take<uint8_t>(kRows * kPageTokens), kPageTokens};
         turned = arena.take<float>(kRows * wide_dim);
-        row = arena.take<float>(wide_dim);
+        row = arena.take<float>(kMaxHeadDim);
     }
 };
 
@@ -625,15 +718,21 @@ static void prepare(const Work& work, const Queries& q, const Part& part, const 
                     const Tile& tile) {
     const int wide_dim = padded(work.dim);
     for (int r = 0; r < work.rows; ++r) {
-        float* x = q.vectors + r * wide_dim;
+        float* x = q.vectors + r * q.stride;
         const Row at = row_of(work, tile, r);
         read_row(work.call.q, seq.row + at.position - seq.start, at.head, work.dim, x);
+        for (int d = wide_dim; d < q.stride; d += kLanes) store(x + d, zero());
         if (part.rotated) rotate(x, work.dim, work.call.store->signs);
         if (part.family == Family::plain || part.by_page) continue;
-        F total = zero();
-        for (int d = 0; d < wide_dim; d += kLanes) total = add(total, load(x + d));
+        F total = zero(), most = zero();
+        for (int d = 0; d < wide_dim; d += kLanes) {
+            const F each = load(x + d);
+            total = add(total, each);
+            most = max(abs(each), most);
+        }
         q.sum[r] = sum(total) * work.unit;
-        q.step[r] = round_query(x, wide_dim, part.bits, q.bytes, r, q.start + r) * work.unit;
+        q.step[r] = work.unit * round_query(x, highest(most), wide_dim, part.bits, q.bytes, r,
+                                            q.start + r);
     }
 }
 
@@ -642,15 +741,18 @@ static void prepare_for_page(const Work& work, const Queries& q, const Part& par
                              int count) {
     const int wide_dim = padded(work.dim);
     for (int r = first; r < first + count; ++r) {
-        const float* x = q.vectors + r * wide_dim;
-        F total = zero();
+        const float* x = q.vectors + r * q.stride;
+        F total = zero(), most = zero();
         for (int d = 0; d < wide_dim; d += kLanes) {
-            const F each = load(x + d);
+            const F each = load(x + d), scaled = mul(each, load(work.k_scales.scale + d));
             total = fma(each, load(work.k_scales.centre + d), total);
-            store(work.row + d, mul(each, load(work.k_scales.scale + d)));
+            most = max(abs(scaled), most);
+            store(work.row + d, scaled);
         }
+        for (int d = wide_dim; d < q.stride; d += kLanes) store(work.row + d, zero());
         q.sum[r] = sum(total) * work.unit;
-        q.step[r] = round_query(work.row, wide_dim, part.bits, q.bytes, r, q.start + r) * work.unit;
+        q.step[r] = work.unit * round_query(work.row, highest(most), wide_dim, part.bits, q.bytes,
+                                            r, q.start + r);
     }
 }
 
@@ -676,48 +778,57 @@ KVANT_INLINE void word_masks(uint64_t seen, bool two, int32_t* keep) {
     }
 }
 
+// The codes or numbers of a part: lines of 64 bytes, of codes in one byte each or `packed`, two of 4
+// bits in each byte as they are stored.
+struct Opened {
+    const uint8_t* lines;
+    bool packed;
+};
+
 template <int R>
 static void attend_rows(const Work& work, int first, const Page& page, const Tile& tile,
-                        const uint8_t* keys, const uint8_t* values, Stream& next) {
+                        const Opened& keys, const Opened& values, Stream& next) {
     const Queries& q = page.fine ? work.fine : work.base;
     const int dim = work.dim, wide_dim = padded(dim);
     const Part &k = *page.k, &v = *page.v;
     uint64_t seen[R], everywhere = ~0ull;
     for (int r = 0; r < R; ++r) {
-        const int64_t position = row_of(work, tile, first + r).position;
-        seen[r] = seen_by(position, page.first, work.call.window);
+        seen[r] = page.whole ? ~0ull
+                             : seen_by(row_of(work, tile, first + r).position, page.first,
+                                       work.call.window);
         everywhere &= seen[r];
     }
 
     if (k.family != Family::plain) {
         if (k.by_page) prepare_for_page(work, q, k, first, R);
-        code_scores<R>(work.scores, q, first, dim, k.by_page, keys, work.k_scales, next);
+        code_scores<R>(work.scores, q, first, dim, k.by_page, keys.packed, keys.lines,
+                       work.k_scales, next);
     } else if (k.dtype == DType::bf16) {
-        float_scores<R, DType::bf16>(work.scores, q.vectors + first * wide_dim, dim, keys,
+        float_scores<R, DType::bf16>(work.scores, q, first, dim, keys.lines,
                                      work.unit, next);
     } else if (k.dtype == DType::f16) {
-        float_scores<R, DType::f16>(work.scores, q.vectors + first * wide_dim, dim, keys,
+        float_scores<R, DType::f16>(work.scores, q, first, dim, keys.lines,
                                     work.unit, next);
     } else {
-        float_scores<R, DType::f32>(work.scores, q.vectors + first * wide_dim, dim, keys,
+        float_scores<R, DType::f32>(work.scores, q, first, dim, keys.lines,
                                     work.unit, next);
     }
 
     const bool codes = v.family != Family::plain;
     const Bytes bytes{work.weights.high, wide(v) ? work.weights.low : nullptr, kPageTokens};
     Weights of[R] = {};
-    alignas(64) float most[kLanes] = {}, sums[kLanes] = {};
+    F most = zero(), sums = zero();  // lanes are rows
     int32_t start[R];
+    KVANT_UNROLL
     for (int r = 0; r < R; ++r) {
         float* scores = work.scores + kPageTokens * r;
         uint8_t* high = bytes.high + kPageTokens * r;
         uint8_t* low = bytes.low ? bytes.low + kPageTokens * r : nullptr;
         if (seen[r]) {
             F p[4];
-            softmax(scores, seen[r], work.call.softcap, p, of[r], next);
+            softmax(scores, seen[r], work.call.softcap, codes, p, of[r], next);
             if (codes) {
-                round_weights(p, seen[r], v, work.v_scales, high, low, of[r],
-                              next);
+                round_weights(p, seen[r], v, work.v_scales, high, low, of[r], next);
             } else {
                 for (int i = 0; i < 4; ++i) store(scores + 16 * i, p[i]);
             }
@@ -727,11 +838,13 @@ static void attend_rows(const Work& work, int first, const Page& page, const Til
             std::memset(high, 0, kPageTokens);
             if (low) std::memset(low, 0, kPageTokens);
         }
-        most[r] = of[r].most, sums[r] = of[r].sum, start[r] = of[r].start;
+        most = select(mask_of(1u << r), set(of[r].most), most);
+        sums = select(mask_of(1u << r), set(of[r].sum), sums);
+        start[r] = of[r].start;
     }
 
     Factors by;
-    advance(work.split.most + first, work.split.sum + first, load(most), load(sums), R, by);
+    advance(work.split.most + first, work.split.sum + first, most, sums, R, by);
     float* out = work.split.out + first * wide_dim;
     float* to = out;
     const bool turn = v.rotated != work.call.base.v.rotated;
@@ -743,9 +856,15 @@ static void attend_rows(const Work& work, int first, const Page& page, const Til
     }
 
     const int blocks = wide_dim / 16;
-    if (codes) {
+    if (codes && values.packed) {
+        constexpr int kPairs = kBlocks > 1 ? kBlocks / 2 : 1;
+        by_blocks<kPairs>(0, blocks / 2, [&]<int NB>(int block) __attribute__((always_inline)) {
+            packed_outputs<R, NB>(to, dim, block, v, values.lines, bytes, of, start, work.v_scales,
+                                  alone, next);
+        });
+    } else if (codes) {
         by_blocks(0, blocks, [&]<int NB>(int block) __attribute__((always_inline)) {
-            code_outputs<R, NB>(to, dim, block, v, values, bytes, of, start, work.v_scales, alone,
+            code_outputs<R, NB>(to, dim, block, v, values.lines, bytes, of, start, work.v_scales, alone,
                                 next);
         });
     } else {
@@ -757,7 +876,7 @@ static void attend_rows(const Work& work, int first, const Page& page, const Til
                 those.new_part[r] = alone.new_part[row + r];
             }
             by_blocks(0, blocks, [&]<int NB>(int block) __attribute__((always_inline)) {
-                float_outputs<Rows, NB, kType>(to + row * wide_dim, dim, block, values,
+                float_outputs<Rows, NB, kType>(to + row * wide_dim, dim, block, values.lines,
                                                work.scores + row * kPageTokens, those, next, keep);
             });
         };
@@ -804,7 +923,8 @@ static int pulls(const Part& k, const Part& v, int dim, int rows) {
         return part.dtype == DType::f32 ? length : length / 2;
     };
     const auto unpacked = [&](const Part& part) {
-        return part.family != Family::plain && part.bits < 8 ? dim * part.bits / 8 : 0;
+        const bool at_once = part.bits == 8 || (part.bits == 4 && rows <= kRows);
+        return part.family == Family::plain || at_once ? 0 : dim * part.bits / 8;
     };
     const int row_blocks = (rows + kRows - 1) / kRows;
     const int columns = (padded(dim) / 16 + kBlocks - 1) / kBlocks;
@@ -812,8 +932,24 @@ static int pulls(const Part& k, const Part& v, int dim, int rows) {
            8 * rows + unpacked(k) + unpacked(v);
 }
 
+// Codes that many rows need, or that cannot be taken from where they are, are unpacked first.
+static Opened open(const Part& part, Side side, const uint8_t* data, uint8_t* lines, int dim,
+                   int rows, Stream& next) {
+    const bool whole_blocks = side == Side::k || dim % 16 == 0;
+    if (part.family == Family::plain) {
+        if (whole_blocks) return {data, false};
+        widen_blocks(data, lines, dim, part.dtype == DType::f32 ? 64 : 32, next);
+    } else {
+        if (part.bits == 8 && whole_blocks) return {data + part.codes[0], false};
+        if (part.bits == 4 && rows <= kRows && dim % (side == Side::k ? 8 : 32) == 0)
+            return {data + part.codes[0], true};
+        unpack(part, side, data, lines, dim, next);
+    }
+    return {lines, false};
+}
+
 // The rows of one KV head against its page.
-static void attend_page(const Work& work, const Page& page, const Tile& tile, const Page* after) {
+static void attend_page(Work& work, const Page& page, const Tile& tile, const Page* after) {
     const Part &k = *page.k, &v = *page.v;
     const int dim = work.dim, rows = tile.count * work.share;
     Stream next{};
@@ -822,28 +958,17 @@ static void attend_page(const Work& work, const Page& page, const Tile& tile, co
         const int step = bytes / pulls(k, v, dim, rows);
         next = {after->k_data, after->k_data + bytes, (step + 63) / 64 * 64};
     }
-    const uint8_t *keys = page.k_data, *values = page.v_data;
-    if (k.family != Family::plain) {
-        read_scales(k, keys, k.by_page ? dim : kPageTokens, work.k_scales);
-        if (k.bits < 8) {
-            unpack(k, Side::k, keys, work.k_lines, dim, next);
-            keys = work.k_lines;
-        } else {
-            keys += k.codes[0];
-        }
-    }
+    Scales& scales = work.v_scales;
+    if (k.family != Family::plain)
+        read_scales(k, page.k_data, k.by_page ? dim : kPageTokens, work.k_scales);
     if (v.family != Family::plain) {
-        read_scales(v, values, v.by_page ? dim : kPageTokens, work.v_scales);
-        if (v.bits < 8 || dim % 16) {
-            unpack(v, Side::v, values, work.v_lines, dim, next);
-            values = work.v_lines;
-        } else {
-            values += v.codes[0];
-        }
-    } else if (dim % 16) {
-        widen_blocks(values, work.v_lines, dim, v.dtype == DType::f32 ? 64 : 32, next);
-        values = work.v_lines;
+        read_scales(v, page.v_data, v.by_page ? dim : kPageTokens, scales);
+        scales.step = -1;
+        if (page.whole && !v.by_page)
+            scales.step = make_grid(scales.scale, ~0ull, levels_of(v), scales.scale);
     }
+    const Opened keys = open(k, Side::k, page.k_data, work.k_lines, dim, rows, next);
+    const Opened values = open(v, Side::v, page.v_data, work.v_lines, dim, rows, next);
     attend_blocks(work, page.first_row, page.first_row + rows, page, tile, keys, values, next);
 }
 
@@ -872,12 +997,14 @@ static Page page_of(const Work& work, const Sequence& seq, const Tile& tile, int
     }
     const uint8_t* data = pool->data + number * pool->page_bytes + layer->offset +
                           int64_t(tile.kv_head + head) * (layer->k.nbytes + layer->v.nbytes);
-    return {&layer->k, &layer->v, data, data + layer->k.nbytes, fine,
-            group * kPageTokens, head * tile.count * work.share};
+    const int64_t first = group * kPageTokens, last_row = tile.first + tile.count - 1;
+    const bool whole = group < own && (!call.window || last_row - first < call.window);
+    return {&layer->k, &layer->v, data,  data + layer->k.nbytes,
+            fine,      whole,     first, head * tile.count * work.share};
 }
 
 // What rows of a tile get from the pages of a split.
-static void attend_split(const Work& work, const Sequence& seq, const Tile& tile, int64_t split) {
+static void attend_split(Work& work, const Sequence& seq, const Tile& tile, int64_t split) {
     clear(work.split, work.rows, work.dim);
     const int64_t own = tile.first / kPageTokens;
     int64_t group = first_group(tile, work.call.window);

@@ -522,31 +522,59 @@ KVANT_INLINE void hold([[maybe_unused]] I& line) {
 // Lanes i < n.
 KVANT_INLINE M first_lanes(int n) { return mask_of(n >= kLanes ? 0xffffu : (1u << n) - 1); }
 
-// The low bytes of 16 lanes, in order, or as values put 16 tokens: word j has tokens 2j, 2j + 1,
-// 2j + 8, 2j + 9 (formats/base.py).
+// The low bytes of 16 lanes.
 KVANT_INLINE void store_bytes(uint8_t* p, I x) {
     const auto bytes = low_bytes(x);
     std::memcpy(p, &bytes, 16);
 }
-KVANT_INLINE void store_tokens(uint8_t* p, I x) {
-    const auto bytes = low_bytes(x);
-#if defined(KVANT_ISA_SCALAR)
-    for (int i = 0; i < 16; ++i) p[i] = bytes.at[i / 4 * 2 + i % 2 + i / 2 % 2 * 8];
+// The low bytes of 64 lanes that are between -128 and 127.
+KVANT_INLINE void store_bytes(uint8_t* p, const I (&x)[4]) {
+#if defined(KVANT_ISA_AVX512)
+    const I bytes = _mm512_packs_epi16(_mm512_packs_epi32(x[0], x[1]),
+                                       _mm512_packs_epi32(x[2], x[3]));
+    alignas(64) static constexpr uint32_t kQuads[16] = {0, 4, 8,  12, 1, 5, 9,  13,
+                                                        2, 6, 10, 14, 3, 7, 11, 15};
+    istore(p, _mm512_permutexvar_epi32(iload(kQuads), bytes));
 #else
-    const __m128i words = _mm_unpacklo_epi16(bytes, _mm_srli_si128(bytes, 8));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), words);
+    for (int i = 0; i < 4; ++i) store_bytes(p + 16 * i, x[i]);
+#endif
+}
+// The same of numbers from 0 to 255, as values put 64 tokens: word j of 16 of them has tokens 2j,
+// 2j + 1, 2j + 8, 2j + 9 (formats/base.py).
+KVANT_INLINE void store_tokens(uint8_t* p, const I (&x)[4]) {
+#if defined(KVANT_ISA_AVX512)
+    const I bytes = _mm512_packus_epi16(_mm512_packs_epi32(x[0], x[1]),
+                                        _mm512_packs_epi32(x[2], x[3]));
+    // Lane l of 128 bits has tokens 16 g + 4 l to 16 g + 4 l + 3 of all g, in pairs.
+    alignas(64) static constexpr uint16_t kPairs[32] = {
+        0, 16, 1, 17, 8,  24, 9,  25, 2, 18, 3, 19, 10, 26, 11, 27,
+        4, 20, 5, 21, 12, 28, 13, 29, 6, 22, 7, 23, 14, 30, 15, 31};
+    istore(p, _mm512_permutexvar_epi16(iload(kPairs), bytes));
+#else
+    for (int g = 0; g < 4; ++g) {
+        uint8_t bytes[16];
+        store_bytes(bytes, x[g]);
+        for (int i = 0; i < 16; i += 2)
+            std::memcpy(p + 16 * g + i, bytes + i / 4 * 2 + i / 2 % 2 * 8, 2);
+    }
 #endif
 }
 
-// 2^x - 1 for |x| <= 1/2, by a polynomial without a constant term.
-KVANT_INLINE F exp2_minus_1_near_0(F x) {
+// (2^x - 1) / x for |x| <= 1/2: a polynomial.
+KVANT_INLINE F exp2_slope(F x) {
     F y = set(1.535336196e-04f);
     y = fma(y, x, set(1.339887385e-03f));
     y = fma(y, x, set(9.618436918e-03f));
     y = fma(y, x, set(5.550332367e-02f));
     y = fma(y, x, set(2.402264774e-01f));
-    y = fma(y, x, set(6.931471825e-01f));
-    return mul(y, x);
+    return fma(y, x, set(6.931471825e-01f));
+}
+// The same with a relative error of 3e-6 of 2^x.
+KVANT_INLINE F rough_exp2_slope(F x) {
+    F y = set(9.582852945e-03f);
+    y = fma(y, x, set(5.590642616e-02f));
+    y = fma(y, x, set(2.402409911e-01f));
+    return fma(y, x, set(6.931241751e-01f));
 }
 // 2^whole for -127 < whole < 128, and x times it: 0 for x > 0 and any smaller exponent, below the
 // least normal number at the latest.
@@ -562,13 +590,17 @@ KVANT_INLINE F times_power_of_2(F x, F whole) {
 }
 // 2^x for x < 128.
 KVANT_INLINE F exp2(F x) {
-    const F whole = rint(x);
-    return times_power_of_2(add(exp2_minus_1_near_0(sub(x, whole)), set(1.0f)), whole);
+    const F whole = rint(x), part = sub(x, whole);
+    return times_power_of_2(fma(exp2_slope(part), part, set(1.0f)), whole);
+}
+KVANT_INLINE F rough_exp2(F x) {
+    const F whole = rint(x), part = sub(x, whole);
+    return times_power_of_2(fma(rough_exp2_slope(part), part, set(1.0f)), whole);
 }
 // 2^x - 1 for 0 <= x < 128, precise near 0.
 KVANT_INLINE F exp2_minus_1(F x) {
-    const F whole = rint(x), power = power_of_2(whole);
-    return fma(exp2_minus_1_near_0(sub(x, whole)), power, sub(power, set(1.0f)));
+    const F whole = rint(x), part = sub(x, whole), power = power_of_2(whole);
+    return fma(mul(exp2_slope(part), part), power, sub(power, set(1.0f)));
 }
 
 }  // namespace

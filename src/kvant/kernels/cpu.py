@@ -1,7 +1,7 @@
 """The CPU backend: codes multiplied as integers, in C++ (src/native; attend.hpp has the method).
 
 Queries and attention weights are rounded to integers for it, to 16 and 14 bits where pages hold
-codes of 6 bits and more, else to 8 and 8; formats without codes are computed in float32. A row's
+codes of 5 bits and more, else to 8 and 8; formats without codes are computed in float32. A row's
 result has the same bits in any chunk, batch or division among threads, but not on any processor:
 the environment variable ``KVANT_ISA`` forces one of :func:`available_isas`.
 """
@@ -58,7 +58,7 @@ def arithmetic(fmt: KVFormat) -> tuple[int, int]:
     weights if it holds values; (0, 0) means float32."""
     if not isinstance(fmt, (Affine, Midpoint)):
         return 0, 0
-    return (32512, 16383) if fmt.bits > 5 else (127, 255)
+    return (32512, 16383) if fmt.bits > 4 else (127, 255)
 
 
 def default_threads() -> int:
