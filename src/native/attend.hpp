@@ -167,6 +167,28 @@ KVANT_INLINE void multiply(F (&acc)[R][NB], const float* a, ptrdiff_t a_stride, 
     }
 }
 
+// The same with rows of bfloat16, and B too, by pairs.
+template <int R, int NB>
+KVANT_INLINE void multiply_pairs(F (&acc)[R][NB], const uint8_t* a, ptrdiff_t a_stride,
+                                 const uint8_t* b, ptrdiff_t block_stride, int words,
+                                 Stream& next) {
+    for (int w = 0; w < words; ++w) {
+        I line[NB];
+        next.pull();
+        KVANT_UNROLL
+        for (int n = 0; n < NB; ++n) {
+            line[n] = iload(b + n * block_stride + 64 * w);
+            hold(line[n]);
+        }
+        KVANT_UNROLL
+        for (int r = 0; r < R; ++r) {
+            const I row = iset(word_at(a + r * a_stride + 4 * w));
+            KVANT_UNROLL
+            for (int n = 0; n < NB; ++n) acc[r][n] = dot_bf16(acc[r][n], line[n], row);
+        }
+    }
+}
+
 // Rows of integers as bytes: of signed 16 bits (high * 256 + low), or of 8.
 struct Bytes {
     uint8_t* high;
@@ -297,6 +319,7 @@ static void widen_blocks(const uint8_t* from, uint8_t* lines, int dim, int words
 struct Queries {
     float* vectors;   // [rows][stride], rotated if the format is; zeros behind the last dimension
     ptrdiff_t stride;
+    uint8_t* pairs;   // [rows][stride] as bfloat16, if they are and so are the keys; else null
     Bytes bytes;      // rounded to integers; by page it is made anew for each page
     float* step;      // [rows] of an integer, times the scale of scores
     float* sum;       // [rows] of the vector, times the scale of scores
@@ -365,8 +388,13 @@ KVANT_INLINE void float_scores(float* scores, const Queries& q, int row, int dim
     for (int block = 0; block < kPageTokens / 16; block += kBlocks) {
         F acc[R][kBlocks];
         fill<R, kBlocks>(acc, zero());
-        multiply<R, kBlocks, kType>(acc, q.vectors + row * q.stride, q.stride, keys + 64 * words * block, 64 * words,
-                                    words, next, nullptr);
+        const uint8_t* from = keys + 64 * words * block;
+        if (kPairs && kType == DType::bf16 && q.pairs)
+            multiply_pairs<R, kBlocks>(acc, q.pairs + 2 * row * q.stride, 2 * q.stride, from,
+                                       64 * words, words, next);
+        else
+            multiply<R, kBlocks, kType>(acc, q.vectors + row * q.stride, q.stride, from,
+                                        64 * words, words, next, nullptr);
         KVANT_UNROLL
         for (int r = 0; r < R; ++r) {
             KVANT_UNROLL
@@ -674,6 +702,9 @@ struct Work {
             Queries q{};
             q.stride = q.bytes.stride = (dim + 63) / 64 * 64;
             q.vectors = arena.take<float>(rows * q.stride);
+            const bool pairs = part.family == Family::plain && part.dtype == DType::bf16 &&
+                               call.q.type == DType::bf16;
+            q.pairs = kPairs && pairs ? arena.take<uint8_t>(rows * q.stride * 2) : nullptr;
             q.bytes.high = arena.take<uint8_t>(rows * q.bytes.stride);
             q.bytes.low = wide(part) ? arena.take<uint8_t>(rows * q.bytes.stride) : nullptr;
             q.step = arena.take<float>(rows);
@@ -722,6 +753,10 @@ static void prepare(const Work& work, const Queries& q, const Part& part, const 
         const Row at = row_of(work, tile, r);
         read_row(work.call.q, seq.row + at.position - seq.start, at.head, work.dim, x);
         for (int d = wide_dim; d < q.stride; d += kLanes) store(x + d, zero());
+        if (q.pairs)
+            std::memcpy(q.pairs + 2 * r * q.stride,
+                        address(work.call.q, seq.row + at.position - seq.start, at.head),
+                        2 * work.dim);
         if (part.rotated) rotate(x, work.dim, work.call.store->signs);
         if (part.family == Family::plain || part.by_page) continue;
         F total = zero(), most = zero();

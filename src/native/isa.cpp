@@ -14,6 +14,8 @@ std::vector<const Kernels*> available_kernels() {
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512vnni"))
         found.push_back(&kernels_avx512);
+    if (found.back() == &kernels_avx512 && __builtin_cpu_supports("avx512bf16"))
+        found.push_back(&kernels_avx512bf16);
 #endif
     return found;
 }

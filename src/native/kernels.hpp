@@ -120,7 +120,7 @@ struct Kernels {
 
 // Those that this build has.
 #if defined(__x86_64__)
-extern const Kernels kernels_avx2, kernels_avxvnni, kernels_avx512;
+extern const Kernels kernels_avx2, kernels_avxvnni, kernels_avx512, kernels_avx512bf16;
 #endif
 extern const Kernels kernels_scalar;
 

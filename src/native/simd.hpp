@@ -497,6 +497,18 @@ KVANT_INLINE int32_t isum(I x) {
 // ------------------------------------------------------------------------------------------------
 // For all instruction sets.
 
+// acc + products of 16 x 2 bfloat16, summed by twos.
+#if defined(KVANT_ISA_AVX512BF16)
+constexpr bool kPairs = true;
+KVANT_INLINE F dot_bf16(F acc, I a, I b) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+    return acc;
+}
+#else
+constexpr bool kPairs = false;
+KVANT_INLINE F dot_bf16(F acc, I, I) { return acc; }
+#endif
+
 // To the second cache, which has room for more lines on their way: of scattered blocks of 26 kB two
 // cores read 26 GB/s so, 21 GB/s with prefetches to the first.
 KVANT_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }

@@ -10,6 +10,7 @@ from kvant import EngineConfig
 from kvant.cli.info import ABOUT
 from kvant.config import parse_bytes
 from kvant.formats import FORMATS, PRESETS, KVSpec
+from kvant.kernels.cpu import available_isas
 from tests.byte_model import write_config
 from tests.cli.conftest import Run
 
@@ -37,6 +38,26 @@ def test_the_machine(run: Run) -> None:
     assert bits["int8"] == 8.5
     # 64 groups: 62 of 4.5 and 4.25 bits, two of 16 and 8.5
     assert bits["k4v4"] == (62 * (4.5 + 4.25) + 2 * (16 + 8.5)) / 2 / 64
+
+
+def test_the_kernels_are_those_that_would_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KVANT_ISA", raising=False)
+    available = list(available_isas())
+    assert facts(run)["kernels"] == {"isa": available[-1], "available": available}
+    monkeypatch.setenv("KVANT_ISA", "scalar")
+    assert facts(run)["kernels"] == {"isa": "scalar", "available": available}
+    lines = run("info").out.splitlines()
+    assert f"kernels   scalar (of {', '.join(available)}; KVANT_ISA forces one)" in lines
+
+
+@pytest.mark.parametrize("words", ((), ("--json",)))
+def test_kernels_that_are_not_there(
+    run: Run, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("KVANT_ISA", "nonsense")
+    done = run("info", *words)
+    done.assert_error(2, "KVANT_ISA", '"nonsense"', ", ".join(available_isas()), "unset it")
+    assert done.out == ""
 
 
 def test_every_format_is_described() -> None:

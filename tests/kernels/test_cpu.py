@@ -289,7 +289,7 @@ def test_a_tensor_may_lie_in_memory_as_it_likes(
         found.append(out)
         pages.append(driver.memory.base.pages.copy())
     assert torch.equal(*found)
-    np.testing.assert_array_equal(*pages)
+    np.testing.assert_array_equal(pages[0], pages[1])
 
 
 def _backwards(x: NDArray[Any]) -> NDArray[Any]:
@@ -320,8 +320,8 @@ def test_an_array_may_lie_in_memory_as_it_likes(
         driver.backend.write(0, k, v, batch)
         found.append(driver.backend.attend(0, q, batch, scale=0.1))
         pages.append(driver.memory.base.pages.copy())
-    np.testing.assert_array_equal(*found)
-    np.testing.assert_array_equal(*pages)
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(pages[0], pages[1])
 
 
 # Sizes.
