@@ -1,21 +1,14 @@
-// Threads are those of OpenMP, which torch uses too: the process has one pool of them, and a step's
-// products and attention take turns on it.
-
 #include "backend.hpp"
 
-#include <omp.h>
-
-#include <algorithm>
 #include <atomic>
 
 #include "division.hpp"
+#include "threads.hpp"
 
 namespace kvant {
 
 namespace {
 
-// Work of a thread that is worth waking it up: about 20 microseconds.
-constexpr int64_t kThreadCost = 10000;
 constexpr int64_t kWriteCost = 2;  // of an element, in units of Division::cost
 
 Layer in_scratch(Layer fine) {
@@ -51,18 +44,11 @@ Backend::Backend(const Kernels* kernels, const Store& store, std::vector<float> 
 
 template <typename Body>
 void Backend::run(size_t count, int64_t cost, size_t scratch_bytes, const Body& body) {
-    const int64_t useful = std::min<int64_t>(count, cost / kThreadCost);
-    const int threads = static_cast<int>(std::clamp<int64_t>(useful, 1, threads_));
+    const int threads = useful_threads(count, cost, threads_);
     scratch_bytes = (scratch_bytes + 127) / 128 * 128;
     uint8_t* scratch = scratch_.reserve(threads * scratch_bytes);
-    std::atomic<size_t> next{0};
-    const auto work = [&](int thread) {
-        for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;)
-            body(i, scratch + thread * scratch_bytes);
-    };
-    if (threads == 1) return work(0);
-#pragma omp parallel num_threads(threads)
-    work(omp_get_thread_num());
+    parallel(count, threads,
+             [&](int64_t i, int thread) { body(i, scratch + thread * scratch_bytes); });
 }
 
 void Backend::write(Plan& plan, int layer, const Tensor& k, const Tensor& v) {

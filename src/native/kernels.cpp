@@ -2,6 +2,7 @@
 
 #include "attend.hpp"
 #include "encode.hpp"
+#include "ops.hpp"
 
 #define KVANT_NAME_(isa) kernels_##isa
 #define KVANT_NAME(isa) KVANT_NAME_(isa)
@@ -13,6 +14,7 @@ namespace kvant {
 extern const Kernels KVANT_NAME(KVANT_ISA);
 const Kernels KVANT_NAME(KVANT_ISA) = {
     KVANT_STRING(KVANT_ISA), write_group, write_scratch, attend_item, finish_tile, attend_scratch,
+    rms_norm, rope, silu_mul,
 };
 
 }  // namespace kvant

@@ -116,6 +116,12 @@ struct Kernels {
     void (*finish_tile)(const AttendCall&, const Sequence&, const Tile&, int64_t count,
                         float* partials, uint8_t* scratch);
     size_t (*attend_scratch)(const AttendCall&, int rows);
+    // One row of each of the operations of ops.hpp.
+    void (*rms_norm)(const Tensor& x, const Tensor& weight, const Tensor& out, int64_t row, int dim,
+                     float eps);
+    void (*rope)(const Tensor& x, const float* cos, const float* sin, const Tensor& out,
+                 int64_t row, int head, int half);
+    void (*silu_mul)(const Tensor& x, const Tensor& out, int64_t row, int dim);
 };
 
 // Those that this build has.

@@ -11,6 +11,7 @@
 
 #include "backend.hpp"
 #include "isa.hpp"
+#include "threads.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -34,6 +35,40 @@ Tensor tensor(nb::tuple x) {
             static_cast<DType>(nb::cast<int>(x[1])), nb::cast<int64_t>(x[2]),
             nb::cast<int64_t>(x[3])};
 }
+
+// The operations of ops.hpp on all rows, with the kernels of one instruction set.
+class Ops {
+   public:
+    Ops(const std::string& isa, int threads) : kernels_(find(isa)), threads_(threads) {}
+
+    void rms_norm(const Tensor& x, const Tensor& weight, const Tensor& out, int64_t rows, int dim,
+                  float eps) const {
+        by_rows(rows, dim, [&](int64_t row) { kernels_->rms_norm(x, weight, out, row, dim, eps); });
+    }
+    void rope(const Tensor& x, const float* cos, const float* sin, const Tensor& out, int64_t rows,
+              int heads, int head_dim) const {
+        by_rows(rows, heads * head_dim, [&](int64_t row) {
+            for (int head = 0; head < heads; ++head)
+                kernels_->rope(x, cos, sin, out, row, head, head_dim / 2);
+        });
+    }
+    void silu_mul(const Tensor& x, const Tensor& out, int64_t rows, int dim) const {
+        by_rows(rows, 2 * dim, [&](int64_t row) { kernels_->silu_mul(x, out, row, dim); });
+    }
+
+   private:
+    template <typename Body> void by_rows(int64_t rows, int64_t dim, const Body& body) const {
+        constexpr int64_t kTogether = 16;
+        const int64_t items = (rows + kTogether - 1) / kTogether;
+        parallel(items, useful_threads(items, rows * dim / 8, threads_), [&](int64_t i, int) {
+            const int64_t end = std::min(rows, (i + 1) * kTogether);
+            for (int64_t row = i * kTogether; row < end; ++row) body(row);
+        });
+    }
+
+    const Kernels* kernels_;
+    int threads_;
+};
 
 }  // namespace
 
@@ -79,6 +114,36 @@ NB_MODULE(_native, m) {
                          fine_pages.size());
             },
             "row"_a, "start"_a, "end"_a, "pages"_a, "fine_pages"_a);
+
+    nb::class_<Ops>(m, "Ops")
+        .def(nb::init<const std::string&, int>(), "isa"_a, "threads"_a)
+        .def(
+            "rms_norm",
+            [](const Ops& self, nb::tuple x, nb::tuple weight, nb::tuple out, int64_t rows, int dim,
+               float eps) {
+                const Tensor from = tensor(x), factors = tensor(weight), to = tensor(out);
+                nb::gil_scoped_release release;
+                self.rms_norm(from, factors, to, rows, dim, eps);
+            },
+            "x"_a, "weight"_a, "out"_a, "rows"_a, "dim"_a, "eps"_a)
+        .def(
+            "rope",
+            [](const Ops& self, nb::tuple x, nb::tuple cos, nb::tuple sin, nb::tuple out,
+               int64_t rows, int heads, int head_dim) {
+                const Tensor from = tensor(x), c = tensor(cos), s = tensor(sin), to = tensor(out);
+                nb::gil_scoped_release release;
+                self.rope(from, static_cast<float*>(c.data), static_cast<float*>(s.data), to, rows,
+                          heads, head_dim);
+            },
+            "x"_a, "cos"_a, "sin"_a, "out"_a, "rows"_a, "heads"_a, "head_dim"_a)
+        .def(
+            "silu_mul",
+            [](const Ops& self, nb::tuple x, nb::tuple out, int64_t rows, int dim) {
+                const Tensor from = tensor(x), to = tensor(out);
+                nb::gil_scoped_release release;
+                self.silu_mul(from, to, rows, dim);
+            },
+            "x"_a, "out"_a, "rows"_a, "dim"_a);
 
     nb::class_<Backend>(m, "Backend")
         .def(

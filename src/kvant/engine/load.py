@@ -17,6 +17,7 @@ from kvant.errors import ConfigError
 from kvant.formats import KVShape, KVSpec, is_auto
 from kvant.formats.auto import choose_preset
 from kvant.kernels import KVMemory, check_backend, make_backend
+from kvant.kernels.cpu import CPUBackend, CPUOps
 from kvant.loading.checkpoint import Checkpoint, Progress, load_weights
 from kvant.loading.resolve import resolve_model
 from kvant.loading.tokenizer import Tokenizer
@@ -163,9 +164,12 @@ def start_model(opened: OpenModel, weights: DecoderWeights, config: EngineConfig
     session_len = _session_len(config, model, size)
     step_tokens = config.max_prefill_token_num
     memory = KVMemory.allocate(spec, model.kv_shape, size.num_pages, size.num_recent, step_tokens)
+    threads = config.num_threads or torch.get_num_threads()
+    backend = make_backend(config.backend, memory, threads)
+    ops = CPUOps(threads) if isinstance(backend, CPUBackend) else None
     engine = Engine(
-        Decoder(model, weights, longest=session_len),
-        make_backend(config.backend, memory, config.num_threads or torch.get_num_threads()),
+        Decoder(model, weights, longest=session_len, ops=ops),
+        backend,
         memory,
         vocab_size=model.vocab_size,
         session_len=session_len,

@@ -20,7 +20,7 @@ __all__ = [
     "make_backend",
 ]
 
-# In order of preference: "auto" takes the first. The number is that of threads; None lets it choose.
+# In order of preference: "auto" takes the first. The number is that of threads; None: all cores.
 BACKENDS: dict[str, Callable[[KVMemory, int | None], Backend]] = {
     "cpu": CPUBackend,
     "reference": ReferenceBackend,

@@ -39,6 +39,23 @@ class Plan:
         fine_pages: NDArray[np.int64],
     ) -> None: ...
 
+class Ops:
+    def __init__(self, isa: str, threads: int) -> None: ...
+    def rms_norm(
+        self, x: Address, weight: Address, out: Address, rows: int, dim: int, eps: float
+    ) -> None: ...
+    def rope(
+        self,
+        x: Address,
+        cos: Address,
+        sin: Address,
+        out: Address,
+        rows: int,
+        heads: int,
+        head_dim: int,
+    ) -> None: ...
+    def silu_mul(self, x: Address, out: Address, rows: int, dim: int) -> None: ...
+
 class Backend:
     def __init__(
         self,

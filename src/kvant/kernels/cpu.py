@@ -23,7 +23,7 @@ from kvant.formats.spec import LayerLayout
 from kvant.kernels import _native
 from kvant.kernels.backend import Batch, KVMemory
 
-__all__ = ["CPUBackend", "arithmetic", "available_isas", "chosen_isa"]
+__all__ = ["CPUBackend", "CPUOps", "arithmetic", "available_isas", "chosen_isa"]
 
 _MAX_HEAD_DIM = 256
 _DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
@@ -145,6 +145,35 @@ class CPUBackend:
         return self._plan
 
 
+class CPUOps:
+    """The operations of :class:`kvant.models.ops.Ops` on torch tensors, each in one pass."""
+
+    def __init__(self, num_threads: int | None = None) -> None:
+        self._native = _native.Ops(isa=chosen_isa(), threads=num_threads or default_threads())
+
+    def rms_norm(self, x: Any, weight: Any, eps: float) -> Any:
+        """In float32, rounded once."""
+        x, out = _dense(x), x.new_empty(x.shape)
+        rows, dim = x.shape
+        self._native.rms_norm(_address(x), _address(weight), _address(out), rows, dim, eps)
+        return out
+
+    def rope(self, x: Any, cos: Any, sin: Any) -> Any:
+        """In float32."""
+        x, out = _dense(x), cos.new_empty(x.shape)
+        rows, heads, dim = x.shape
+        tables = _address(cos), _address(sin)
+        self._native.rope(_address(x), *tables, _address(out), rows, heads, dim)
+        return out
+
+    def silu_mul(self, gate_up: Any) -> Any:
+        """In float32, rounded once."""
+        rows, double = gate_up.shape
+        gate_up, out = _dense(gate_up), gate_up.new_empty((rows, double // 2))
+        self._native.silu_mul(_address(gate_up), _address(out), rows, double // 2)
+        return out
+
+
 def _layer(layer: LayerLayout, head_dim: int) -> _native.Layer:
     return _native.Layer(layer.offset, _part(layer.k, head_dim), _part(layer.v, head_dim))
 
@@ -182,11 +211,12 @@ def _dense(x: Any) -> Any:
 
 
 def _address(x: Any) -> tuple[int, int, int, int]:
-    """Where ``x [T, heads, D]`` is: address, type and two strides in elements."""
+    """Where ``x [T, heads, D]``, or one of fewer dimensions, is: address, type and the strides of
+    the first two in elements (that of a last dimension is 1)."""
     if isinstance(x, np.ndarray):
         size = x.itemsize
         return x.ctypes.data, 0, x.strides[0] // size, x.strides[1] // size
-    return x.data_ptr(), _DTYPES[str(x.dtype)[6:]], x.stride(0), x.stride(1)
+    return x.data_ptr(), _DTYPES[str(x.dtype)[6:]], x.stride(0), x.stride(min(1, x.dim() - 1))
 
 
 def _empty_like(x: Any) -> Any:

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from kvant.kernels.backend import Backend, Batch
 from kvant.models.config import DecoderConfig
-from kvant.models.rope import apply_rope, attention_factor, inverse_frequencies, rope_tables
+from kvant.models.ops import Ops, TorchOps
+from kvant.models.rope import attention_factor, inverse_frequencies, rope_tables
 
 # Rows from which F.linear gives each row the same bits, whatever the number of rows.
 _MIN_ROWS = {torch.float32: 12, torch.bfloat16: 2, torch.float16: 1}
@@ -69,10 +70,19 @@ class Decoder:
         config: its shape.
         weights: its parameters, all of one dtype, which is also that of activations.
         longest: the longest context that will be asked of it, in tokens.
+        ops: who computes the small operations; torch unless told otherwise.
     """
 
-    def __init__(self, config: DecoderConfig, weights: DecoderWeights, *, longest: int) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        weights: DecoderWeights,
+        *,
+        longest: int,
+        ops: Ops | None = None,
+    ) -> None:
         self.config = config
+        self._ops = ops or TorchOps()
         self.weights = weights
         self._scale = config.head_dim**-0.5
         self._inv_freq = inverse_frequencies(
@@ -94,8 +104,8 @@ class Decoder:
             if index == last:  # the other rows have no further use
                 x, attended = self._padded(x[logit_rows]), attended[logit_rows]
             x = x + layer.output(self._padded(attended))
-            gate, up = layer.gate_up(self._norm(x, layer.mlp_norm)).chunk(2, dim=-1)
-            x = x + layer.down(F.silu(gate) * up)
+            gate_up = layer.gate_up(self._norm(x, layer.mlp_norm))
+            x = x + layer.down(self._ops.silu_mul(gate_up))
         logits = self.weights.head(self._norm(x, self.weights.norm))[: len(logit_rows)]
         out: NDArray[np.float32] = logits.float().numpy()
         return out
@@ -108,10 +118,10 @@ class Decoder:
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
         by_head = qkv.view(-1, heads + 2 * kv_heads, dim)
         q, k, v = torch.split(by_head, [heads, kv_heads, kv_heads], dim=1)
-        backend.write(index, apply_rope(k, cos, sin), v, batch)
+        backend.write(index, self._ops.rope(k, cos, sin), v, batch)
         out: Tensor = backend.attend(
             index,
-            apply_rope(q, cos, sin),
+            self._ops.rope(q, cos, sin),
             batch,
             scale=self._scale,
             window=config.windows[index],
@@ -124,4 +134,5 @@ class Decoder:
         return F.pad(x, (0, 0, 0, missing)) if missing > 0 else x
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, self.config.norm_eps)
+        out: Tensor = self._ops.rms_norm(x, weight, self.config.norm_eps)
+        return out

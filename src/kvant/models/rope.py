@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvant.models.config import RopeConfig
 
-__all__ = ["apply_rope", "attention_factor", "inverse_frequencies", "rope_tables"]
+__all__ = ["attention_factor", "inverse_frequencies", "rope_tables"]
 
 
 def _base_frequencies(theta: float, head_dim: int) -> Tensor:
@@ -99,9 +99,3 @@ def rope_tables(positions: Tensor, inv_freq: Tensor, factor: float) -> tuple[Ten
     """cos and sin ``[T, 1, D / 2]`` at ``positions [T]``."""
     angles = positions.float()[:, None] * inv_freq
     return (angles.cos() * factor)[:, None], (angles.sin() * factor)[:, None]
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (d, d + D/2) of ``x [T, H, D]``, in float32."""
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
