@@ -60,21 +60,16 @@ class Integers(NamedTuple):
         for page, code, scale in self._pages(fmt, piece.k, len(q)):
             u = fmt.rotate(q) * (scale if fmt.by_page else 1)
             keys = code * (1 if fmt.by_page else scale)
-            largest = np.abs(u).max(axis=-1, keepdims=True)
-            error = self._error(u, largest / self.limits[0])
-            dots[..., page] += error @ keys.swapaxes(1, 2)
+            dots[..., page] += self._error(u, self.limits[0]) @ keys.swapaxes(1, 2)
         return dots
 
     def _mix(self, piece: Piece, p: Array) -> Array:
         fmt = piece.v_format
         out = Table.of(fmt, piece.v, len(p), float, rotated=False).mix(p)
         for page, code, scale in self._pages(fmt, piece.v, len(p)):
-            scales = np.ones((1, 1, 1)) if fmt.by_page else scale.swapaxes(1, 2)
-            seen = p[..., page]
-            largest = np.where(seen > 0, scales, 0).max(axis=-1, keepdims=True)
-            step = seen.max(axis=-1, keepdims=True) * largest / self.limits[1]
+            w = p[..., page] * (1 if fmt.by_page else scale.swapaxes(1, 2))
             values = code * (scale if fmt.by_page else 1)
-            out += fmt.unrotate(self._error(seen * scales, step) @ values)
+            out += fmt.unrotate(self._error(w, self.limits[1]) @ values)
         return out
 
     def _pages(self, fmt: KVFormat, x: Array, heads: int) -> list[tuple[slice, Array, Array]]:
@@ -88,7 +83,8 @@ class Integers(NamedTuple):
             out.append((slice(start, start + count), code, codes.scale[:, page, :count]))
         return out
 
-    def _error(self, x: Array, step: Array) -> Array:
+    def _error(self, x: Array, limit: int) -> Array:
+        step = np.abs(x).max(axis=-1, keepdims=True) / limit
         step = np.where(step > 0, step, 1)
         return np.asarray(step * self.to_integer(x / step) - x)
 

@@ -5,8 +5,8 @@ with the codes are sums of integers, and exact, but their other operand is round
 (Lq, Lp) = ``arithmetic(format)``, 0 where the format is computed in float32:
 
     keys     u = q * scale is rounded to multiples of max |u| / Lq, the maximum over the dimensions
-    values   w = p * scale is rounded to multiples of max p * max scale / Lp, the maxima over those
-             of the 64 tokens of a page that the query sees
+    values   w = p * scale is rounded to multiples of max w / Lp, the maximum over those of the 64
+             tokens of a page that the query sees
 
 A scale by token is no part of u, it multiplies the product; a scale by channel is no part of w.
 Everything else is float32: the rest, sums over pages, the softmax and its denominator.
@@ -141,13 +141,12 @@ def _of_weights(piece: Piece, p: Array, limit: int, part: float) -> tuple[Array,
     """For weights ``p [H, N, pages, 64]``, 0 where a key is not seen: how far a rounded weight is
     off, ``part`` of a step; and the length of what it multiplies."""
     codes = Codes.of(piece.v_format, piece.v, len(p))
-    w, vectors, step = p, codes.code, p.max(axis=-1, keepdims=True) / limit
+    w, vectors = p, codes.code
     if piece.v_format.by_page:
         vectors = vectors * codes.scale
     else:
-        scale = codes.scale[:, None, ..., 0]
-        w = p * scale
-        step = step * np.where(p > 0, scale, 0).max(axis=-1, keepdims=True)
+        w = p * codes.scale[:, None, ..., 0]
+    step = w.max(axis=-1, keepdims=True) / limit
     length = np.linalg.norm(vectors, axis=-1)[:, None]
     return np.minimum(part * step, w), np.broadcast_to(length, w.shape)
 
