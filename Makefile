@@ -43,4 +43,4 @@ sanitize: $(VENV)/.installed-dev
 	PYTHON=$(BIN)/python scripts/sanitize
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist src/kvant/kernels/_native*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -94,7 +94,7 @@ class EngineConfig:
     kv_tokens: int | None = option(None, "KV cache size in tokens")
     enable_prefix_caching: bool = option(True, "share the pages of common prompt beginnings")
     max_prefill_token_num: int = option(512, "most tokens that one step computes")
-    backend: str = option("auto", "attention backend: auto, reference, ...")
+    backend: str = option("auto", "attention backend: auto, cpu or reference")
     num_threads: int | None = option(None, "CPU threads (default: all cores)")
     revision: str | None = option(None, "branch, tag or commit on the hub")
     download_dir: str | None = option(None, "folder for files from the hub")

@@ -38,7 +38,8 @@ using namespace kvant;
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLowest = -FLT_MAX;  // the maximum of no scores, finite so that differences are
 
-constexpr bool wide(const Part& part) { return part.bits > 4; }
+// (kernels/cpu.py tells the same to tests.)
+constexpr bool wide(const Part& part) { return part.family != Family::plain && part.bits > 4; }
 
 // ------------------------------------------------------------------------------------------------
 // Products with what pages hold. B is lines of 64 bytes, [block][word][16 columns][4 bytes]: columns
@@ -387,7 +388,7 @@ KVANT_INLINE void float_scores(float* scores, const Queries& q, int row, int dim
         F acc[R][kBlocks];
         fill<R, kBlocks>(acc, zero());
         const uint8_t* from = keys + 64 * words * block;
-        if (kPairs && kType == DType::bf16 && q.pairs)
+        if (kDotsBF16 && kType == DType::bf16 && q.pairs)
             multiply_pairs<R, kBlocks>(acc, q.pairs + 2 * row * q.stride, 2 * q.stride, from,
                                        64 * words, words, next);
         else
@@ -438,7 +439,7 @@ KVANT_INLINE void code_scores(float* scores, const Queries& q, int row, int dim,
 
 // cap * tanh(x), with x the score divided by cap; in units of log2.
 KVANT_INLINE F capped(F x, float cap) {
-    const F grown = exp2_minus_1(mul(min(abs(x), set(15.0f)), set(2 * kLog2E)));
+    const F grown = exp2_minus_1(mul(min(set(15.0f), abs(x)), set(2 * kLog2E)));
     const F tanh = div(grown, add(grown, set(2.0f)));
     return mul(select(less(x, zero()), sub(zero(), tanh), tanh), set(cap * kLog2E));
 }
@@ -476,6 +477,9 @@ KVANT_INLINE void softmax(float* scores, uint64_t seen, float softcap, bool roug
         for (F& each : p) each = rough_exp2(sub(each, most));
     else
         for (F& each : p) each = exp2(sub(each, most));
+    if (~seen)
+        for (int i = 0; i < 4; ++i)
+            p[i] = select(mask_of(seen >> 16 * i & 0xffff), p[i], zero());
     out.sum = sum4(p);
 }
 
@@ -684,14 +688,14 @@ struct Work {
         : call(call_), dim(call_.store->head_dim), rows(rows_),
           share(call_.heads / call_.store->kv_heads),
           unit(call_.softcap > 0 ? call_.scale / call_.softcap : call_.scale * kLog2E) {
-        const int wide_dim = padded(dim);
+        const int padded_dim = padded(dim);
         const auto queries = [&](const Part& part) {
             Queries q{};
             q.stride = q.bytes.stride = (dim + 63) / 64 * 64;
             q.vectors = arena.take<float>(rows * q.stride);
             const bool pairs = part.family == Family::plain && part.dtype == DType::bf16 &&
                                call.q.type == DType::bf16;
-            q.pairs = kPairs && pairs ? arena.take<uint8_t>(rows * q.stride * 2) : nullptr;
+            q.pairs = kDotsBF16 && pairs ? arena.take<uint8_t>(rows * q.stride * 2) : nullptr;
             q.bytes.high = arena.take<uint8_t>(rows * q.bytes.stride);
             q.bytes.low = wide(part) ? arena.take<uint8_t>(rows * q.bytes.stride) : nullptr;
             q.step = arena.take<float>(rows);
@@ -701,21 +705,21 @@ struct Work {
         };
         const auto state = [&] {
             return State{arena.take<float>(rows + kLanes), arena.take<float>(rows + kLanes),
-                         arena.take<float>(rows * wide_dim)};
+                         arena.take<float>(rows * padded_dim)};
         };
         base = queries(call.base.k);
         fine = queries(call.fine.k);
         split = state();
         total = state();
-        k_lines = arena.take<uint8_t>(kPageTokens * wide_dim);
-        v_lines = arena.take<uint8_t>(4 * kPageTokens * wide_dim);
-        const int most = wide_dim > kPageTokens ? wide_dim : kPageTokens;
+        k_lines = arena.take<uint8_t>(kPageTokens * padded_dim);
+        v_lines = arena.take<uint8_t>(4 * kPageTokens * padded_dim);
+        const int most = padded_dim > kPageTokens ? padded_dim : kPageTokens;
         k_scales = {arena.take<float>(most), arena.take<float>(most)};
         v_scales = {arena.take<float>(most), arena.take<float>(most)};
         scores = arena.take<float>(kRows * kPageTokens);
         weights = {arena.take<uint8_t>(kRows * kPageTokens),
                    arena.take<uint8_t>(kRows * kPageTokens), kPageTokens};
-        turned = arena.take<float>(kRows * wide_dim);
+        turned = arena.take<float>(kRows * padded_dim);
         row = arena.take<float>(kMaxHeadDim);
     }
 };
@@ -734,12 +738,12 @@ KVANT_INLINE Row row_of(const Work& work, const Tile& tile, int row) {
 // The queries of a tile for keys of one format.
 static void prepare(const Work& work, const Queries& q, const Part& part, const Sequence& seq,
                     const Tile& tile) {
-    const int wide_dim = padded(work.dim);
+    const int padded_dim = padded(work.dim);
     for (int r = 0; r < work.rows; ++r) {
         float* x = q.vectors + r * q.stride;
         const Row at = row_of(work, tile, r);
         read_row(work.call.q, seq.row + at.position - seq.start, at.head, work.dim, x);
-        for (int d = wide_dim; d < q.stride; d += kLanes) store(x + d, zero());
+        for (int d = padded_dim; d < q.stride; d += kLanes) store(x + d, zero());
         if (q.pairs)
             std::memcpy(q.pairs + 2 * r * q.stride,
                         address(work.call.q, seq.row + at.position - seq.start, at.head),
@@ -747,13 +751,13 @@ static void prepare(const Work& work, const Queries& q, const Part& part, const 
         if (part.rotated) rotate(x, work.dim, work.call.store->signs);
         if (part.family == Family::plain || part.by_page) continue;
         F total = zero(), most = zero();
-        for (int d = 0; d < wide_dim; d += kLanes) {
+        for (int d = 0; d < padded_dim; d += kLanes) {
             const F each = load(x + d);
             total = add(total, each);
             most = max(abs(each), most);
         }
         q.sum[r] = sum(total) * work.unit;
-        q.step[r] = work.unit * round_query(x, highest(most), wide_dim, part.bits, q.bytes, r,
+        q.step[r] = work.unit * round_query(x, highest(most), padded_dim, part.bits, q.bytes, r,
                                             q.start + r);
     }
 }
@@ -761,19 +765,19 @@ static void prepare(const Work& work, const Queries& q, const Part& part, const 
 // The queries of some rows for one page with scales by channel: these go into the queries.
 static void prepare_for_page(const Work& work, const Queries& q, const Part& part, int first,
                              int count) {
-    const int wide_dim = padded(work.dim);
+    const int padded_dim = padded(work.dim);
     for (int r = first; r < first + count; ++r) {
         const float* x = q.vectors + r * q.stride;
         F total = zero(), most = zero();
-        for (int d = 0; d < wide_dim; d += kLanes) {
+        for (int d = 0; d < padded_dim; d += kLanes) {
             const F each = load(x + d), scaled = mul(each, load(work.k_scales.scale + d));
             total = fma(each, load(work.k_scales.centre + d), total);
             most = max(abs(scaled), most);
             store(work.row + d, scaled);
         }
-        for (int d = wide_dim; d < q.stride; d += kLanes) store(work.row + d, zero());
+        for (int d = padded_dim; d < q.stride; d += kLanes) store(work.row + d, zero());
         q.sum[r] = sum(total) * work.unit;
-        q.step[r] = work.unit * round_query(work.row, highest(most), wide_dim, part.bits, q.bytes,
+        q.step[r] = work.unit * round_query(work.row, highest(most), padded_dim, part.bits, q.bytes,
                                             r, q.start + r);
     }
 }
@@ -811,7 +815,7 @@ template <int R>
 static void attend_rows(const Work& work, int first, const Page& page, const Tile& tile,
                         const Opened& keys, const Opened& values, Stream& next) {
     const Queries& q = page.fine ? work.fine : work.base;
-    const int dim = work.dim, wide_dim = padded(dim);
+    const int dim = work.dim, padded_dim = padded(dim);
     const Part &k = *page.k, &v = *page.v;
     uint64_t seen[R], everywhere = ~0ull;
     for (int r = 0; r < R; ++r) {
@@ -867,20 +871,20 @@ static void attend_rows(const Work& work, int first, const Page& page, const Til
 
     Factors by;
     advance(work.split.most + first, work.split.sum + first, most, sums, R, by);
-    float* out = work.split.out + first * wide_dim;
+    float* out = work.split.out + first * padded_dim;
     float* to = out;
     const bool turn = v.rotated != work.call.base.v.rotated;
     Factors alone = by;
     if (turn) {  // to the domain of the base format, in which all is summed
         to = work.turned;
-        std::memset(to, 0, sizeof(float) * R * wide_dim);
+        std::memset(to, 0, sizeof(float) * R * padded_dim);
         std::memset(alone.old_part, 0, sizeof alone.old_part);
     }
 
-    const int blocks = wide_dim / 16;
+    const int blocks = padded_dim / 16;
     if (codes && values.packed) {
-        constexpr int kPairs = kBlocks > 1 ? kBlocks / 2 : 1;
-        by_blocks<kPairs>(0, blocks / 2, [&]<int NB>(int block) __attribute__((always_inline)) {
+        constexpr int kHalf = kBlocks > 1 ? kBlocks / 2 : 1;
+        by_blocks<kHalf>(0, blocks / 2, [&]<int NB>(int block) __attribute__((always_inline)) {
             packed_outputs<R, NB>(to, dim, block, v, values.lines, bytes, of, start, work.v_scales,
                                   alone, next);
         });
@@ -898,7 +902,7 @@ static void attend_rows(const Work& work, int first, const Page& page, const Til
                 those.new_part[r] = alone.new_part[row + r];
             }
             by_blocks(0, blocks, [&]<int NB>(int block) __attribute__((always_inline)) {
-                float_outputs<Rows, NB, kType>(to + row * wide_dim, dim, block, values.lines,
+                float_outputs<Rows, NB, kType>(to + row * padded_dim, dim, block, values.lines,
                                                work.scores + row * kPageTokens, those, next, keep);
             });
         };
@@ -920,14 +924,14 @@ static void attend_rows(const Work& work, int first, const Page& page, const Til
 
     if (turn)
         for (int r = 0; r < R; ++r) {
-            float* more = to + r * wide_dim;
+            float* more = to + r * padded_dim;
             if (v.rotated)
                 unrotate(more, dim, work.call.store->signs);
             else
                 rotate(more, dim, work.call.store->signs);
-            for (int d = 0; d < wide_dim; d += kLanes)
-                store(out + r * wide_dim + d,
-                      fma(load(out + r * wide_dim + d), set(by.old_part[r]), load(more + d)));
+            for (int d = 0; d < padded_dim; d += kLanes)
+                store(out + r * padded_dim + d,
+                      fma(load(out + r * padded_dim + d), set(by.old_part[r]), load(more + d)));
         }
 }
 
@@ -944,13 +948,14 @@ static int pulls(const Part& k, const Part& v, int dim, int rows) {
         if (part.family != Family::plain) return length / 4 * (wide(part) ? 2 : 1);
         return part.dtype == DType::f32 ? length : length / 2;
     };
+    const int key_words = words(k, dim) / (k.bits == 4 && rows <= kRows ? 2 : 1);
     const auto unpacked = [&](const Part& part) {
         const bool at_once = part.bits == 8 || (part.bits == 4 && rows <= kRows);
         return part.family == Family::plain || at_once ? 0 : dim * part.bits / 8;
     };
     const int row_blocks = (rows + kRows - 1) / kRows;
     const int columns = (padded(dim) / 16 + kBlocks - 1) / kBlocks;
-    return row_blocks * (words(k, dim) * (4 / kBlocks) + words(v, kPageTokens) * columns) +
+    return row_blocks * (key_words * (4 / kBlocks) + words(v, kPageTokens) * columns) +
            8 * rows + unpacked(k) + unpacked(v);
 }
 
@@ -999,18 +1004,20 @@ static Page page_of(const Work& work, const Sequence& seq, const Tile& tile, int
     const int64_t own = tile.first / kPageTokens;
     const Layer* layer = &call.base;
     const Pool* pool = &store.base;
-    int64_t number = seq.pages[group];
+    int64_t number;
     bool fine = false;
     if (store.has_recent && (group == own || group < store.num_sink)) {
         fine = true;
         layer = &call.fine;
         pool = &store.recent;
-        if (group == own) number = seq.fine_pages[group - seq.start / kPageTokens];
+        number = group == own ? seq.fine_pages[group - seq.start / kPageTokens] : seq.pages[group];
         if (number >= store.num_recent) {
             number -= store.num_recent;
             layer = &call.scratch;
             pool = &store.scratch;
         }
+    } else {
+        number = seq.pages[group];
     }
     const uint8_t* data = pool->data + number * pool->page_bytes + layer->offset +
                           int64_t(tile.kv_head + head) * (layer->k.nbytes + layer->v.nbytes);
@@ -1043,9 +1050,9 @@ static void attend_split(const Work& work, const Sequence& seq, const Tile& tile
 
 // The output of a tile from all that its rows saw.
 static void finish(const Work& work, const Sequence& seq, const Tile& tile, const State& state) {
-    const int wide_dim = padded(work.dim);
+    const int padded_dim = padded(work.dim);
     for (int r = 0; r < work.rows; ++r) {
-        float* out = state.out + r * wide_dim;
+        float* out = state.out + r * padded_dim;
         const Row at = row_of(work, tile, r);
         float total = state.sum[r], factor = 1;
         if (work.call.sinks) {  // one more entry of the softmax, without a value
@@ -1054,7 +1061,7 @@ static void finish(const Work& work, const Sequence& seq, const Tile& tile, cons
             factor = highest(exp2(sub(most, next)));
             total = total * factor + highest(exp2(sub(sink, next)));
         }
-        for (int d = 0; d < wide_dim; d += kLanes)
+        for (int d = 0; d < padded_dim; d += kLanes)
             store(out + d, div(mul(load(out + d), set(factor)), set(total)));
         if (work.call.base.v.rotated) unrotate(out, work.dim, work.call.store->signs);
         write_row(work.call.out, seq.row + at.position - seq.start, at.head, work.dim, out);

@@ -27,7 +27,7 @@ class Scratch {
    public:
     uint8_t* reserve(size_t bytes) {
         if (lines_.size() * sizeof(Line) < bytes) lines_.resize(bytes / sizeof(Line) + 1);
-        return lines_.data()->bytes;
+        return reinterpret_cast<uint8_t*>(lines_.data());
     }
 
    private:

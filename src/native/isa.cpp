@@ -4,7 +4,7 @@ namespace kvant {
 
 std::vector<const Kernels*> available_kernels() {
     std::vector<const Kernels*> found{&kernels_scalar};
-#if defined(__x86_64__)
+#if defined(KVANT_X86)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                       __builtin_cpu_supports("f16c");

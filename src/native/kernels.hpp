@@ -125,7 +125,7 @@ struct Kernels {
 };
 
 // Those that this build has.
-#if defined(__x86_64__)
+#if defined(KVANT_X86)
 extern const Kernels kernels_avx2, kernels_avxvnni, kernels_avx512, kernels_avx512bf16;
 #endif
 extern const Kernels kernels_scalar;

@@ -60,7 +60,8 @@ class Ops {
     template <typename Body> void by_rows(int64_t rows, int64_t dim, const Body& body) const {
         constexpr int64_t kTogether = 16;
         const int64_t items = (rows + kTogether - 1) / kTogether;
-        parallel(items, useful_threads(items, rows * dim / 8, threads_), [&](int64_t i, int) {
+        const int64_t cost = rows * dim / 8;  // an element in units of Division::cost
+        parallel(items, useful_threads(items, cost, threads_), [&](int64_t i, int) {
             const int64_t end = std::min(rows, (i + 1) * kTogether);
             for (int64_t row = i * kTogether; row < end; ++row) body(row);
         });
@@ -84,7 +85,7 @@ NB_MODULE(_native, m) {
         [](Pool* self, nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> pages) {
             new (self) Pool{pages.data(), static_cast<int64_t>(pages.shape(1))};
         },
-        "pages"_a);
+        "pages"_a.noconvert());
 
     nb::class_<Part>(m, "Part").def(
         "__init__",

@@ -50,7 +50,7 @@ static void silu_mul(const Tensor& x, const Tensor& out, int64_t row, int dim) {
     const Tensor up = from(x, dim);
     for (int d = 0; d < dim; d += kLanes) {
         const F gate = read_part(x, row, 0, d, dim);
-        // exp2 is finite below 128: a gate of -87 is as good as 0
+        // 2^126 stays finite; what a gate of -87 or less gives then is too small to matter
         const F grown = exp2(min(mul(gate, set(-1.44269504f)), set(126.0f)));
         const F silu = div(gate, add(set(1.0f), grown));
         write_part(out, row, 0, d, dim, mul(silu, read_part(up, row, 0, d, dim)));

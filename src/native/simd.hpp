@@ -1,6 +1,6 @@
 // Sixteen lanes of float32 or int32, whatever the processor: the only file that knows intrinsics.
 //
-// It is compiled once per instruction set (kernels.cpp), selected by KVANT_ISA_*, and everything in
+// It is compiled once per instruction set (kernels.cpp), selected by KVANT_ISA_* (none: scalar), and everything in
 // it has internal linkage: a function that several objects share under one name would be linked
 // once, from any of them, and could run AVX-512 on a processor without it.
 //
@@ -499,13 +499,13 @@ KVANT_INLINE int32_t isum(I x) {
 
 // acc + products of 16 x 2 bfloat16, summed by twos.
 #if defined(KVANT_ISA_AVX512BF16)
-constexpr bool kPairs = true;
+constexpr bool kDotsBF16 = true;
 KVANT_INLINE F dot_bf16(F acc, I a, I b) {
     asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
     return acc;
 }
 #else
-constexpr bool kPairs = false;
+constexpr bool kDotsBF16 = false;
 KVANT_INLINE F dot_bf16(F acc, I, I) { return acc; }
 #endif
 
@@ -600,12 +600,14 @@ KVANT_INLINE F times_power_of_2(F x, F whole) {
     return select(less(whole, set(-126.0f)), zero(), mul(x, power_of_2(whole)));
 #endif
 }
-// 2^x for x < 128.
+// 2^x for x < 128; 0 for -Inf.
 KVANT_INLINE F exp2(F x) {
+    x = max(set(-1000.0f), x);  // no Inf - Inf
     const F whole = rint(x), part = sub(x, whole);
     return times_power_of_2(fma(exp2_slope(part), part, set(1.0f)), whole);
 }
 KVANT_INLINE F rough_exp2(F x) {
+    x = max(set(-1000.0f), x);
     const F whole = rint(x), part = sub(x, whole);
     return times_power_of_2(fma(rough_exp2_slope(part), part, set(1.0f)), whole);
 }

@@ -14,10 +14,10 @@ namespace kvant {
 // Division::cost.
 constexpr int64_t kThreadCost = 10000;
 
-// How many of `threads` are worth it for `count` items of together `cost`.
+// All threads, or one if `count` items of together `cost` are not worth waking another. Never some of
+// them: libgomp ends the threads that a smaller team leaves over, and torch would start them again.
 inline int useful_threads(int64_t count, int64_t cost, int threads) {
-    return static_cast<int>(
-        std::clamp<int64_t>(std::min(count, cost / kThreadCost), 1, threads));
+    return std::min(count, cost / kThreadCost) > 1 ? threads : 1;
 }
 
 // Run body(index, thread) for all indices below `count`, in the order of their numbers.

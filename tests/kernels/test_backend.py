@@ -296,6 +296,19 @@ def test_a_broken_token_reaches_only_those_who_see_it(
         assert np.isnan(seq.out[sees]).any(axis=-1).all()
 
 
+@pytest.mark.parametrize("side", ("q", "k"))
+@pytest.mark.parametrize("kv", FEW_SPECS)
+def test_a_broken_score_is_loud_under_a_soft_cap(backend: str, kv: str, side: str) -> None:
+    """Held down: a minimum that takes NaN for the cap."""
+    driver = Driver(backend, kv, softcap=30.0)
+    seq = driver.add(80)
+    getattr(seq, side)[0, 70, 1, 5] = np.nan
+    driver.run(seq)
+    heads = slice(1, 2) if side == "q" else slice(2, 4)
+    last = seq.out[0, 70 if side == "q" else slice(70, 80), heads]
+    assert np.isnan(last).any(axis=-1).all()
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_anything(backend: str, seed: int) -> None:
     """All at once, drawn by lot: formats, sizes, options, prefixes, forks and chunks."""

@@ -147,6 +147,7 @@ def open_model(name: str, config: EngineConfig) -> OpenModel:
     path = resolve_model(name, revision=config.revision, download_dir=config.download_dir)
     checkpoint = open_checkpoint(path)
     model = checkpoint.config
+    check_backend(config.backend, model.head_dim)
     config.kv_spec(model.architecture).check(model.kv_shape)
     if is_auto(config.kv):
         choice = choose_preset(model.architecture)

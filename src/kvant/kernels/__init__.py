@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from kvant.errors import ConfigError, did_you_mean
 from kvant.kernels.backend import Backend, Batch, BatchSequence, KVMemory
-from kvant.kernels.cpu import CPUBackend
+from kvant.kernels.cpu import CPUBackend, check_cpu
 from kvant.kernels.null import NullBackend
 from kvant.kernels.reference import ReferenceBackend
 
@@ -20,7 +20,7 @@ __all__ = [
     "make_backend",
 ]
 
-# In order of preference: "auto" takes the first. The number is that of threads; None: all cores.
+# In order of preference: "auto" takes the first. The number is that of threads.
 BACKENDS: dict[str, Callable[[KVMemory, int | None], Backend]] = {
     "cpu": CPUBackend,
     "reference": ReferenceBackend,
@@ -28,19 +28,22 @@ BACKENDS: dict[str, Callable[[KVMemory, int | None], Backend]] = {
 }
 
 
-def check_backend(name: str) -> str:
-    """The backend that ``name`` means; for ``auto`` the first, which is the fastest.
+def check_backend(name: str, head_dim: int | None = None) -> str:
+    """The backend that ``name`` means; for ``auto`` the first, which is the fastest. With a
+    ``head_dim`` it must be able to serve a model of it.
 
     Raises:
-        ConfigError: no such backend.
+        ConfigError: no such backend, or it cannot.
     """
     if name == "auto":
-        return next(iter(BACKENDS))
+        name = next(iter(BACKENDS))
     if name not in BACKENDS:
         raise ConfigError(
             f'unknown backend "{name}"{did_you_mean(name, BACKENDS)} '
             f"Backends here: auto, {', '.join(BACKENDS)}"
         )
+    if name == "cpu" and head_dim is not None:
+        check_cpu(head_dim)
     return name
 
 

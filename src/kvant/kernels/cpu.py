@@ -23,7 +23,7 @@ from kvant.formats.spec import LayerLayout
 from kvant.kernels import _native
 from kvant.kernels.backend import Batch, KVMemory
 
-__all__ = ["CPUBackend", "CPUOps", "arithmetic", "available_isas", "chosen_isa"]
+__all__ = ["CPUBackend", "CPUOps", "arithmetic", "available_isas", "check_cpu", "chosen_isa"]
 
 _MAX_HEAD_DIM = 256
 _DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
@@ -53,18 +53,33 @@ def chosen_isa() -> str:
     return forced
 
 
+def check_cpu(head_dim: int) -> None:
+    """Whether the kernels can serve a model.
+
+    Raises:
+        ConfigError: head_dim is above 256 or no multiple of 8; KVANT_ISA cannot be met.
+    """
+    chosen_isa()
+    if head_dim > _MAX_HEAD_DIM or head_dim % 8:
+        raise ConfigError(
+            f"the cpu backend has kernels for a head_dim that is a multiple of 8 up to "
+            f'{_MAX_HEAD_DIM}, and the model has {head_dim}; take backend="reference"'
+        )
+
+
 def arithmetic(fmt: KVFormat) -> tuple[int, int]:
     """The largest integers to which queries are rounded if ``fmt`` holds keys, and attention
-    weights if it holds values; (0, 0) means float32."""
+    weights if it holds values; (0, 0) means float32. (``wide`` in attend.hpp decides it.)"""
     if not isinstance(fmt, (Affine, Midpoint)):
         return 0, 0
     return (32512, 16383) if fmt.bits > 4 else (127, 255)
 
 
 def default_threads() -> int:
-    """``OMP_NUM_THREADS``, or the cores that this process may use."""
+    """``OMP_NUM_THREADS``, or the cores that this process may use, whichever is less."""
+    cores = len(os.sched_getaffinity(0))
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
-    return int(asked) if asked.isdecimal() and int(asked) else len(os.sched_getaffinity(0))
+    return min(int(asked), cores) if asked.isdecimal() and int(asked) else cores
 
 
 class CPUBackend:
@@ -78,11 +93,7 @@ class CPUBackend:
 
     def __init__(self, memory: KVMemory, num_threads: int | None = None) -> None:
         spec, shape = memory.spec, memory.shape
-        if shape.head_dim > _MAX_HEAD_DIM or shape.head_dim % 8:
-            raise ConfigError(
-                f"the cpu backend has kernels for a head_dim that is a multiple of 8 up to "
-                f'{_MAX_HEAD_DIM}, and the model has {shape.head_dim}; take backend="reference"'
-            )
+        check_cpu(shape.head_dim)
         self.isa = chosen_isa()
         self._memory = memory  # the kernels only have its addresses
         pairs = zip(spec.layout(shape), spec.fine.layout(shape), strict=True)
@@ -106,6 +117,8 @@ class CPUBackend:
     def write(self, layer: int, k: Any, v: Any, batch: Batch) -> None:
         """Encode new tokens; a group that becomes full is re-encoded from its fine page."""
         keys, values = _dense(k), _dense(v)
+        shape = self._memory.shape
+        self._check(layer, batch, shape.num_kv_heads, keys, values)
         self._native.write(self._plan_of(batch), layer, _address(keys), _address(values))
 
     def attend(
@@ -121,27 +134,38 @@ class CPUBackend:
     ) -> Any:
         """Attention by tiles of a 64-group and splits of eight pages."""
         queries = _dense(q)
+        heads = queries.shape[1]
+        self._check(layer, batch, heads, queries)
+        assert heads % self._memory.shape.num_kv_heads == 0, heads
+        assert sinks is None or sinks.shape == (heads,), sinks
         out = _empty_like(queries)
         self._native.attend(
             self._plan_of(batch),
             layer,
             _address(queries),
             _address(out),
-            queries.shape[1],
+            heads,
             scale,
             window or 0,
             softcap or 0.0,
             sinks,
         )
-        return out
+        return out if isinstance(out, np.ndarray) else out.to(q.dtype)
+
+    def _check(self, layer: int, batch: Batch, heads: int, *tensors: Any) -> None:
+        """The kernels believe what they are told."""
+        shape = self._memory.shape
+        assert 0 <= layer < shape.num_layers, layer
+        for x in tensors:
+            assert tuple(x.shape) == (len(batch.positions), heads, shape.head_dim), x.shape
 
     def _plan_of(self, batch: Batch) -> _native.Plan:
         """The native form of a batch, made once for all its layers."""
         if self._batch is not batch:
-            self._plan = _native.Plan()
+            plan = _native.Plan()
             for seq in batch.sequences:
-                self._plan.add(seq.row, seq.start, seq.end, seq.pages, seq.fine_pages)
-            self._batch = batch
+                plan.add(seq.row, seq.start, seq.end, seq.pages, seq.fine_pages)
+            self._batch, self._plan = batch, plan
         return self._plan
 
 
@@ -204,9 +228,9 @@ def _part(fmt: KVFormat, head_dim: int) -> _native.Part:
 def _dense(x: Any) -> Any:
     """``x``, or a copy whose last dimension is dense and whose type the kernels know."""
     if isinstance(x, np.ndarray):
-        if x.dtype != np.float32:
-            x = x.astype(np.float32)
+        x = x.astype(np.float32, copy=False)
         return x if x.strides[-1] == x.itemsize else np.ascontiguousarray(x)
+    x = x if str(x.dtype)[6:] in _DTYPES else x.float()
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

@@ -1,8 +1,8 @@
 """The reference backend: the living specification of ``write`` and ``attend``, in numpy.
 
 Float32 throughout, no cleverness: whole pages are dequantized, scores are a matrix product and
-softmax is computed in one piece. Every other backend is tested against it. It is also the
-backend that runs where no faster one is available.
+softmax is computed in one piece. Every other backend is tested against it. It also runs what
+the others cannot.
 
 What a query sees is decided by positions alone: earlier pages in the spec's own formats, and its
 own page, and the first if it is a sink, in the finer format if the spec has one. The arithmetic
