@@ -292,6 +292,38 @@ def test_a_tensor_may_lie_in_memory_as_it_likes(
     np.testing.assert_array_equal(pages[0], pages[1])
 
 
+@pytest.mark.parametrize("head_dim", (24, 64, 80, 256))
+def test_bfloat16_queries_are_as_good_as_float32_ones(isa: str, head_dim: int) -> None:
+    """Where they are multiplied by pairs with keys, the result is that of float32 but for the last
+    bit of some bfloat16 outputs."""
+    import torch
+
+    driver = _driver("bf16", 1, head_dim=head_dim)
+    seq = driver.add(140)
+    batch = driver.begin([(seq, 140)]).batch
+    q, k, v = (torch.from_numpy(x[0]) for x in (seq.q, seq.k, seq.v))
+    q = q.bfloat16()
+    driver.backend.write(0, k, v, batch)
+    found = driver.backend.attend(0, q, batch, scale=0.1)
+    expected = driver.backend.attend(0, q.float(), batch, scale=0.1).bfloat16()
+    torch.testing.assert_close(found, expected, rtol=2**-7, atol=1e-6)
+    assert (found == expected).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("dtype", ("float64", "int32"))
+def test_other_types_are_taken_as_float32(dtype: str) -> None:
+    import torch
+
+    driver = _driver("int8", 1)
+    seq = driver.add(70)
+    batch = driver.begin([(seq, 70)]).batch
+    q, k, v = (torch.from_numpy(4 * x[0]).to(getattr(torch, dtype)) for x in (seq.q, seq.k, seq.v))
+    driver.backend.write(0, k, v, batch)
+    found = driver.backend.attend(0, q, batch, scale=0.1)
+    same = driver.backend.attend(0, q.float(), batch, scale=0.1)
+    assert torch.equal(found, same.to(q.dtype))
+
+
 def _backwards(x: NDArray[Any]) -> NDArray[Any]:
     return x[::-1, ::-1].copy()[::-1, ::-1]
 
