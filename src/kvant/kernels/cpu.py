@@ -113,13 +113,15 @@ class CPUBackend:
         )
         self._batch: Batch | None = None
         self._plan = _native.Plan()
+        self._rows = 0  # of the batch
 
     def write(self, layer: int, k: Any, v: Any, batch: Batch) -> None:
         """Encode new tokens; a group that becomes full is re-encoded from its fine page."""
         keys, values = _dense(k), _dense(v)
         shape = self._memory.shape
-        self._check(layer, batch, shape.num_kv_heads, keys, values)
-        self._native.write(self._plan_of(batch), layer, _address(keys), _address(values))
+        plan = self._plan_of(batch)
+        self._check(layer, shape.num_kv_heads, keys, values)
+        self._native.write(plan, layer, _address(keys), _address(values))
 
     def attend(
         self,
@@ -135,12 +137,13 @@ class CPUBackend:
         """Attention by tiles of a 64-group and splits of eight pages."""
         queries = _dense(q)
         heads = queries.shape[1]
-        self._check(layer, batch, heads, queries)
+        plan = self._plan_of(batch)
+        self._check(layer, heads, queries)
         assert heads % self._memory.shape.num_kv_heads == 0, heads
         assert sinks is None or sinks.shape == (heads,), sinks
         out = _empty_like(queries)
         self._native.attend(
-            self._plan_of(batch),
+            plan,
             layer,
             _address(queries),
             _address(out),
@@ -152,12 +155,13 @@ class CPUBackend:
         )
         return out if isinstance(out, np.ndarray) else out.to(q.dtype)
 
-    def _check(self, layer: int, batch: Batch, heads: int, *tensors: Any) -> None:
+    def _check(self, layer: int, heads: int, *tensors: Any) -> None:
         """The kernels believe what they are told."""
         shape = self._memory.shape
         assert 0 <= layer < shape.num_layers, layer
         for x in tensors:
-            assert tuple(x.shape) == (len(batch.positions), heads, shape.head_dim), x.shape
+            assert tuple(x.shape[1:]) == (heads, shape.head_dim), x.shape
+            assert x.shape[0] >= self._rows, x.shape
 
     def _plan_of(self, batch: Batch) -> _native.Plan:
         """The native form of a batch, made once for all its layers."""
@@ -166,6 +170,7 @@ class CPUBackend:
             for seq in batch.sequences:
                 plan.add(seq.row, seq.start, seq.end, seq.pages, seq.fine_pages)
             self._batch, self._plan = batch, plan
+            self._rows = max((s.row + s.end - s.start for s in batch.sequences), default=0)
         return self._plan
 
 
