@@ -56,6 +56,9 @@ _HOME = {
 # Threads of torch's OpenMP that spin while they wait take the cores from everything else: on two
 # busy cores a step took 5 to 10 times longer (docs/log.md). Read when torch is first imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# But the next piece of work often comes microseconds later: for about 40 of them (2000 turns) a
+# thread waits for it before it sleeps.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 
 def __getattr__(name: str) -> Any:

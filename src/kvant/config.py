@@ -23,9 +23,10 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {f"{unit}i": 2**power for unit, power in zip("kmgt", (10, 20, 30, 40), strict=True)}
 
 
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with the help text that the CLI and the docs show."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def option(default: Any, help: str, *, aliases: Sequence[str] = ()) -> Any:
+    """A dataclass field with the help text that the CLI and the docs show, and further names by
+    which the command line knows it."""
+    return dataclasses.field(default=default, metadata={"help": help, "aliases": tuple(aliases)})
 
 
 def _strict(error: type[KvantError]) -> Any:
@@ -85,6 +86,12 @@ class EngineConfig:
         None, "LMDeploy's name for the KV format: 0 (16 bit), 8 (int8) or 4 (k4v4)"
     )
     dtype: str = option("auto", "weights and activations: auto, bfloat16, float16 or float32")
+    weight_dtype: str = option(
+        "auto",
+        "linear layers: auto (dtype; the codes of AWQ, GPTQ and compressed-tensors checkpoints), "
+        "int8 or int4; codes that a checkpoint stores in that many bits are kept as they are",
+        aliases=("weights",),
+    )
     session_len: int | None = option(None, "longest context in tokens (default: the model's)")
     max_batch_size: int = option(128, "most sequences that run at a time")
     cache_max_entry_count: float = option(
@@ -93,7 +100,7 @@ class EngineConfig:
     kv_memory: int | str | None = option(None, 'KV cache size in bytes, as "4GiB"')
     kv_tokens: int | None = option(None, "KV cache size in tokens")
     enable_prefix_caching: bool = option(True, "share the pages of common prompt beginnings")
-    max_prefill_token_num: int = option(512, "most tokens that one step computes")
+    max_prefill_token_num: int = option(1024, "most tokens that one step computes")
     backend: str = option("auto", "attention backend: auto, cpu or reference")
     num_threads: int | None = option(None, "CPU threads (default: all cores)")
     revision: str | None = option(None, "branch, tag or commit on the hub")
@@ -107,6 +114,11 @@ class EngineConfig:
         dtypes = ("auto", "bfloat16", "float16", "float32")
         if self.dtype not in dtypes:
             raise ConfigError(f'dtype "{self.dtype}" is unknown; use one of {", ".join(dtypes)}')
+        kinds = ("auto", "int8", "int4")
+        if self.weight_dtype not in kinds:
+            raise ConfigError(
+                f'weight_dtype "{self.weight_dtype}" is unknown; use one of {", ".join(kinds)}'
+            )
         for name in (
             "session_len",
             "max_batch_size",

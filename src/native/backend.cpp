@@ -2,7 +2,6 @@
 
 #include <atomic>
 
-#include "division.hpp"
 #include "threads.hpp"
 
 namespace kvant {
@@ -20,6 +19,7 @@ Layer in_scratch(Layer fine) {
 
 void Plan::add(int64_t row, int64_t start, int64_t end, const int64_t* pages, size_t num_pages,
                const int64_t* fine_pages, size_t num_fine) {
+    divided_.clear();
     const size_t at = tables_.size();
     tables_.insert(tables_.end(), pages, pages + num_pages);
     tables_.insert(tables_.end(), fine_pages, fine_pages + num_fine);
@@ -33,6 +33,13 @@ const std::vector<Sequence>& Plan::sequences() {
         sequences_[i].fine_pages = tables_.data() + places_[i].second;
     }
     return sequences_;
+}
+
+const Division& Plan::division(const Store& store, int heads, int64_t window, int threads) {
+    for (const Divided& each : divided_)
+        if (each.heads == heads && each.window == window) return each.division;
+    divided_.push_back({heads, window, divide(sequences(), store, heads, window, threads)});
+    return divided_.back().division;
 }
 
 Backend::Backend(const Kernels* kernels, const Store& store, std::vector<float> signs,
@@ -80,7 +87,7 @@ void Backend::attend(Plan& plan, int layer, const Tensor& q, const Tensor& out, 
     const AttendCall call{&store_, base,  fine,   in_scratch(fine), q,    out,
                           heads,   scale, window, softcap,          sinks};
     const auto& sequences = plan.sequences();
-    const Division work = divide(sequences, store_, heads, window, threads_);
+    const Division& work = plan.division(store_, heads, window, threads_);
     auto* partials = reinterpret_cast<float*>(partials_.reserve(work.partials * sizeof(float)));
     std::vector<std::atomic<int64_t>> left(work.tiles.size());
     for (size_t i = 0; i < left.size(); ++i) left[i] = work.tiles[i].items;

@@ -4,7 +4,9 @@
 #include <string>
 #include <vector>
 
+#include "division.hpp"
 #include "kernels.hpp"
+#include "scratch.hpp"
 
 namespace kvant {
 
@@ -15,26 +17,19 @@ class Plan {
              const int64_t* fine_pages, size_t num_fine);
     // Valid until the next `add`.
     const std::vector<Sequence>& sequences();
+    // How its attention is divided; the same for all layers of one window, so made once.
+    const Division& division(const Store& store, int heads, int64_t window, int threads);
 
    private:
+    struct Divided {
+        int heads;
+        int64_t window;
+        Division division;
+    };
+    std::vector<Divided> divided_;
     std::vector<int64_t> tables_;
     std::vector<std::pair<size_t, size_t>> places_;  // of the two tables of each sequence
     std::vector<Sequence> sequences_;
-};
-
-// Memory in lines of the cache that only grows.
-class Scratch {
-   public:
-    uint8_t* reserve(size_t bytes) {
-        if (lines_.size() * sizeof(Line) < bytes) lines_.resize(bytes / sizeof(Line) + 1);
-        return reinterpret_cast<uint8_t*>(lines_.data());
-    }
-
-   private:
-    struct alignas(64) Line {
-        uint8_t bytes[64];
-    };
-    std::vector<Line> lines_;
 };
 
 class Backend {

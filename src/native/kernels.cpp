@@ -2,6 +2,7 @@
 
 #include "attend.hpp"
 #include "encode.hpp"
+#include "linear.hpp"
 #include "ops.hpp"
 
 #define KVANT_NAME_(isa) kernels_##isa
@@ -14,7 +15,7 @@ namespace kvant {
 extern const Kernels KVANT_NAME(KVANT_ISA);
 const Kernels KVANT_NAME(KVANT_ISA) = {
     KVANT_STRING(KVANT_ISA), write_group, write_scratch, attend_item, finish_tile, attend_scratch,
-    rms_norm, rope, silu_mul,
+    prepared_bytes, prepare_scratch, prepare_rows, multiply_rows, rope,
 };
 
 }  // namespace kvant

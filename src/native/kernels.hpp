@@ -104,6 +104,32 @@ static constexpr size_t partial_floats(int rows, int head_dim) {
     return size_t(rows) * ((head_dim + 15) / 16 * 16) + 2 * (rows + 16);
 }
 
+enum class WeightKind : int32_t { f32, f16, bf16, codes8, codes4 };
+
+// Weights of a linear layer; linear.hpp has their layout.
+struct LinearWeights {
+    WeightKind kind;
+    bool gated;    // of each pair of blocks the first is the gate of the second
+    bool offsets;  // groups of codes have offsets beside their scales
+    int32_t inputs, outputs;  // outputs after gating
+    int32_t groups, group_words;
+    int32_t rotation;  // inputs of a block that is rotated before codes are multiplied; 0: none
+    const float* signs;  // [inputs], of the rotation
+    int64_t pairs, pair_bytes;
+    const uint8_t* lines;
+    const float* factors;  // [32 pairs], of codes
+    const float* bias;     // [32 pairs] or null
+};
+
+// out = f(x) W^T + bias, or that added to `out`; f is the RMS norm if there is one.
+struct LinearCall {
+    const LinearWeights* weights;
+    Tensor x, out;
+    const float* norm;  // [inputs] or null
+    float eps;
+    bool add;
+};
+
 struct Kernels {
     const char* isa;
     // Encode what the rows of one sequence bring to one KV head and one group of 64 positions.
@@ -116,12 +142,17 @@ struct Kernels {
     void (*finish_tile)(const AttendCall&, const Sequence&, const Tile&, int64_t count,
                         float* partials, uint8_t* scratch);
     size_t (*attend_scratch)(const AttendCall&, int rows);
-    // One row of each of the operations of ops.hpp.
-    void (*rms_norm)(const Tensor& x, const Tensor& weight, const Tensor& out, int64_t row, int dim,
-                     float eps);
+    // A linear layer, for rows [row, row + rows): each is prepared, [begin, end) of them in a call;
+    // then they are multiplied with any pairs of blocks [begin, end).
+    size_t (*prepared_bytes)(const LinearWeights&, int rows);
+    size_t (*prepare_scratch)(const LinearWeights&);
+    void (*prepare_rows)(const LinearCall&, int64_t row, int rows, int begin, int end,
+                         uint8_t* prepared, uint8_t* scratch);
+    void (*multiply_rows)(const LinearCall&, int64_t row, int rows, int begin, int end,
+                          uint8_t* prepared);
+    // One head of one row.
     void (*rope)(const Tensor& x, const float* cos, const float* sin, const Tensor& out,
                  int64_t row, int head, int half);
-    void (*silu_mul)(const Tensor& x, const Tensor& out, int64_t row, int dim);
 };
 
 // Those that this build has.

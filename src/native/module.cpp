@@ -9,9 +9,8 @@
 
 #include <stdexcept>
 
-#include "backend.hpp"
+#include "decoder.hpp"
 #include "isa.hpp"
-#include "threads.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -27,7 +26,6 @@ const Kernels* find(const std::string& isa) {
     throw std::invalid_argument("no kernels for " + isa);
 }
 
-
 // Tensors come as (address, type, row stride, head stride): DLPack would take longer than the
 // attention of a short sequence.
 Tensor tensor(nb::tuple x) {
@@ -35,41 +33,6 @@ Tensor tensor(nb::tuple x) {
             static_cast<DType>(nb::cast<int>(x[1])), nb::cast<int64_t>(x[2]),
             nb::cast<int64_t>(x[3])};
 }
-
-// The operations of ops.hpp on all rows, with the kernels of one instruction set.
-class Ops {
-   public:
-    Ops(const std::string& isa, int threads) : kernels_(find(isa)), threads_(threads) {}
-
-    void rms_norm(const Tensor& x, const Tensor& weight, const Tensor& out, int64_t rows, int dim,
-                  float eps) const {
-        by_rows(rows, dim, [&](int64_t row) { kernels_->rms_norm(x, weight, out, row, dim, eps); });
-    }
-    void rope(const Tensor& x, const float* cos, const float* sin, const Tensor& out, int64_t rows,
-              int heads, int head_dim) const {
-        by_rows(rows, heads * head_dim, [&](int64_t row) {
-            for (int head = 0; head < heads; ++head)
-                kernels_->rope(x, cos, sin, out, row, head, head_dim / 2);
-        });
-    }
-    void silu_mul(const Tensor& x, const Tensor& out, int64_t rows, int dim) const {
-        by_rows(rows, 2 * dim, [&](int64_t row) { kernels_->silu_mul(x, out, row, dim); });
-    }
-
-   private:
-    template <typename Body> void by_rows(int64_t rows, int64_t dim, const Body& body) const {
-        constexpr int64_t kTogether = 16;
-        const int64_t items = (rows + kTogether - 1) / kTogether;
-        const int64_t cost = rows * dim / 8;  // an element in units of Division::cost
-        parallel(items, useful_threads(items, cost, threads_), [&](int64_t i, int) {
-            const int64_t end = std::min(rows, (i + 1) * kTogether);
-            for (int64_t row = i * kTogether; row < end; ++row) body(row);
-        });
-    }
-
-    const Kernels* kernels_;
-    int threads_;
-};
 
 }  // namespace
 
@@ -116,35 +79,61 @@ NB_MODULE(_native, m) {
             },
             "row"_a, "start"_a, "end"_a, "pages"_a, "fine_pages"_a);
 
-    nb::class_<Ops>(m, "Ops")
-        .def(nb::init<const std::string&, int>(), "isa"_a, "threads"_a)
+    nb::class_<Rotary>(m, "Rotary")
         .def(
-            "rms_norm",
-            [](const Ops& self, nb::tuple x, nb::tuple weight, nb::tuple out, int64_t rows, int dim,
-               float eps) {
-                const Tensor from = tensor(x), factors = tensor(weight), to = tensor(out);
-                nb::gil_scoped_release release;
-                self.rms_norm(from, factors, to, rows, dim, eps);
+            "__init__",
+            [](Rotary* self, const std::string& isa, int threads) {
+                new (self) Rotary(find(isa), threads);
             },
-            "x"_a, "weight"_a, "out"_a, "rows"_a, "dim"_a, "eps"_a)
+            "isa"_a, "threads"_a)
         .def(
-            "rope",
-            [](const Ops& self, nb::tuple x, nb::tuple cos, nb::tuple sin, nb::tuple out,
+            "forward",
+            [](const Rotary& self, nb::tuple x, nb::tuple cos, nb::tuple sin, nb::tuple out,
                int64_t rows, int heads, int head_dim) {
                 const Tensor from = tensor(x), c = tensor(cos), s = tensor(sin), to = tensor(out);
                 nb::gil_scoped_release release;
-                self.rope(from, static_cast<float*>(c.data), static_cast<float*>(s.data), to, rows,
-                          heads, head_dim);
+                self.forward(from, static_cast<float*>(c.data), static_cast<float*>(s.data), to,
+                             rows, heads, head_dim);
             },
-            "x"_a, "cos"_a, "sin"_a, "out"_a, "rows"_a, "heads"_a, "head_dim"_a)
+            "x"_a, "cos"_a, "sin"_a, "out"_a, "rows"_a, "heads"_a, "head_dim"_a);
+
+    nb::class_<LinearLayer>(m, "Linear")
         .def(
-            "silu_mul",
-            [](const Ops& self, nb::tuple x, nb::tuple out, int64_t rows, int dim) {
+            "__init__",
+            [](LinearLayer* self, const std::string& isa, int kind, bool gated, bool offsets,
+               int inputs, int outputs, int groups, int group_words, int rotation,
+               std::optional<Array<const float>> signs,
+               nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> lines,
+               std::optional<Array<const float>> factors, std::optional<Array<const float>> bias,
+               int threads) {
+                const LinearWeights weights{static_cast<WeightKind>(kind),
+                                            gated,
+                                            offsets,
+                                            inputs,
+                                            outputs,
+                                            groups,
+                                            group_words,
+                                            rotation,
+                                            signs ? signs->data() : nullptr,
+                                            static_cast<int64_t>(lines.shape(0)),
+                                            static_cast<int64_t>(lines.shape(1)),
+                                            lines.data(),
+                                            factors ? factors->data() : nullptr,
+                                            bias ? bias->data() : nullptr};
+                new (self) LinearLayer(find(isa), weights, threads);
+            },
+            nb::kw_only(), "isa"_a, "kind"_a, "gated"_a, "offsets"_a, "inputs"_a, "outputs"_a,
+            "groups"_a, "group_words"_a, "rotation"_a, "signs"_a.none(), "lines"_a, "factors"_a.none(), "bias"_a.none(),
+            "threads"_a)
+        .def(
+            "forward",
+            [](const LinearLayer& self, nb::tuple x, nb::tuple out, int64_t rows, uintptr_t norm,
+               float eps, bool add) {
                 const Tensor from = tensor(x), to = tensor(out);
                 nb::gil_scoped_release release;
-                self.silu_mul(from, to, rows, dim);
+                self.forward(from, to, rows, reinterpret_cast<const float*>(norm), eps, add);
             },
-            "x"_a, "out"_a, "rows"_a, "dim"_a);
+            "x"_a, "out"_a, "rows"_a, "norm"_a, "eps"_a, "add"_a);
 
     nb::class_<Backend>(m, "Backend")
         .def(
@@ -182,4 +171,36 @@ NB_MODULE(_native, m) {
             },
             "plan"_a, "layer"_a, "q"_a, "out"_a, "heads"_a, "scale"_a, "window"_a, "softcap"_a,
             "sinks"_a.none());
+
+    nb::class_<Block>(m, "Block").def(
+        "__init__",
+        [](Block* self, const LinearLayer& qkv, const LinearLayer& output,
+           const LinearLayer& gate_up, const LinearLayer& down, uintptr_t attention_norm,
+           uintptr_t mlp_norm, float eps, int64_t window) {
+            new (self) Block{&qkv,
+                             &output,
+                             &gate_up,
+                             &down,
+                             reinterpret_cast<const float*>(attention_norm),
+                             reinterpret_cast<const float*>(mlp_norm),
+                             eps,
+                             window};
+        },
+        nb::kw_only(), "qkv"_a, "output"_a, "gate_up"_a, "down"_a, "attention_norm"_a,
+        "mlp_norm"_a, "eps"_a, "window"_a);
+
+    nb::class_<Decoder>(m, "Decoder")
+        .def(nb::init<const Rotary&, std::vector<Block>, int, int, int, float, int>(), "rotary"_a,
+             "blocks"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "scale"_a, "threads"_a)
+        .def(
+            "forward",
+            [](Decoder& self, Backend& backend, Plan& plan, nb::tuple x, nb::tuple cos,
+               nb::tuple sin, int64_t rows, Array<const int64_t> chosen, nb::tuple out) {
+                const Tensor from = tensor(x), c = tensor(cos), s = tensor(sin), to = tensor(out);
+                nb::gil_scoped_release release;
+                self.forward(backend, plan, from, static_cast<float*>(c.data),
+                             static_cast<float*>(s.data), rows, chosen.data(),
+                             static_cast<int64_t>(chosen.size()), to);
+            },
+            "backend"_a, "plan"_a, "x"_a, "cos"_a, "sin"_a, "rows"_a, "chosen"_a, "out"_a);
 }

@@ -62,8 +62,8 @@ template <int kBlock, bool kInverse> void rotate_blocks(float* x, int dim, const
     }
 }
 
-template <bool kInverse> void rotate_any(float* x, int dim, const float* signs) {
-    switch (dim & -dim) {
+template <bool kInverse> void rotate_any(float* x, int dim, const float* signs, int block) {
+    switch (block) {
         case 8: return rotate_blocks<8, kInverse>(x, dim, signs);
         case 16: return rotate_blocks<16, kInverse>(x, dim, signs);
         case 32: return rotate_blocks<32, kInverse>(x, dim, signs);
@@ -74,7 +74,11 @@ template <bool kInverse> void rotate_any(float* x, int dim, const float* signs) 
 }
 
 // x [dim] in place; `dim` is a multiple of 8, at most 256.
-void rotate(float* x, int dim, const float* signs) { rotate_any<false>(x, dim, signs); }
-void unrotate(float* x, int dim, const float* signs) { rotate_any<true>(x, dim, signs); }
+void rotate(float* x, int dim, const float* signs) {
+    rotate_any<false>(x, dim, signs, dim & -dim);
+}
+void unrotate(float* x, int dim, const float* signs) {
+    rotate_any<true>(x, dim, signs, dim & -dim);
+}
 
 }  // namespace

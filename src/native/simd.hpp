@@ -611,6 +611,12 @@ KVANT_INLINE F rough_exp2(F x) {
     const F whole = rint(x), part = sub(x, whole);
     return times_power_of_2(fma(rough_exp2_slope(part), part, set(1.0f)), whole);
 }
+// x / (1 + exp(-x))
+KVANT_INLINE F silu(F x) {
+    // 2^126 stays finite; what an x of -87 or less gives then is too small to matter
+    const F grown = exp2(min(mul(x, set(-1.44269504f)), set(126.0f)));
+    return div(x, add(set(1.0f), grown));
+}
 // 2^x - 1 for 0 <= x < 128, precise near 0.
 KVANT_INLINE F exp2_minus_1(F x) {
     const F whole = rint(x), part = sub(x, whole), power = power_of_2(whole);

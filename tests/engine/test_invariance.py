@@ -5,8 +5,8 @@ Two models. In the first every sum is order-free by construction, so only the *p
 make a difference: each row of each weight matrix has two entries, powers of two (a sum of two exact
 products is rounded once, in any order), RMSNorm is the identity (eps 2^40, weight 2^20), RoPE
 turns by nothing, and queries are so large that attention picks one token. The second is SmolLM2:
-there bit-equality also needs linear layers that give a row the same bits in any batch
-(kvant.models.decoder), which torch's CPU libraries do, measured, not promised.
+there bit-equality also needs linear layers that give a row the same bits in any batch: those of
+kvant.models.cpu do by construction, torch's (kvant.models.ops) as measured, not promised.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from kvant.errors import ModelError
 from kvant.formats import PAGE_TOKENS, KVSpec
 from kvant.kernels import KVMemory, make_backend
 from kvant.models.config import DecoderConfig, RopeConfig
-from kvant.models.decoder import Decoder, DecoderWeights, LayerWeights, Linear
+from kvant.models.cpu import CPUOps
+from kvant.models.decoder import Decoder, DecoderWeights, LayerWeights
+from kvant.models.ops import Norm, Ops, TorchOps
 from kvant.request import Request
 from tests.engine.mock import SPECS
 
@@ -57,19 +59,19 @@ def _two_per_row(rows: int, columns: int, seed: int, scale: float = 1.0) -> torc
     return torch.from_numpy(weight).bfloat16()
 
 
-def _order_free_weights() -> DecoderWeights:
-    norm = torch.full((64,), 2.0**20).bfloat16()
+def _order_free_weights(ops: Ops) -> DecoderWeights:
+    norm = Norm(torch.full((64,), 2.0**20), CONFIG.norm_eps)
 
     def layer(seed: int) -> LayerWeights:
         q = _two_per_row(64, 64, seed, scale=2.0**30)
         k, v = _two_per_row(32, 64, seed + 1), _two_per_row(32, 64, seed + 2)
         return LayerWeights(
             attention_norm=norm,
-            qkv=Linear(torch.cat((q, k, v))),
-            output=Linear(_two_per_row(64, 64, seed + 3)),
+            qkv=ops.linear(torch.cat((q, k, v))),
+            output=ops.linear(_two_per_row(64, 64, seed + 3)),
             mlp_norm=norm,
-            gate_up=Linear(_two_per_row(128, 64, seed + 4)),
-            down=Linear(_two_per_row(64, 64, seed + 5, scale=0.25)),
+            gate_up=ops.linear(_two_per_row(128, 64, seed + 4), gated=True),
+            down=ops.linear(_two_per_row(64, 64, seed + 5, scale=0.25)),
         )
 
     embedding = np.random.default_rng(7).integers(-8, 9, (64, 64)).astype(np.float32)
@@ -77,17 +79,20 @@ def _order_free_weights() -> DecoderWeights:
         embedding=torch.from_numpy(embedding).bfloat16(),
         layers=(layer(10), layer(20)),
         norm=norm,
-        head=Linear(_two_per_row(64, 64, 30)),
+        head=ops.linear(_two_per_row(64, 64, 30)),
     )
 
 
-def _order_free_engine(spec: str, chunk: int, *, prefix_caching: bool = True) -> Engine:
+def _order_free_engine(
+    spec: str, chunk: int, *, prefix_caching: bool = True, backend: str = "reference"
+) -> Engine:
     parsed = KVSpec.parse(spec)
     size = size_for_tokens(parsed, CONFIG.kv_shape, 8192, 20)
     memory = KVMemory.allocate(parsed, CONFIG.kv_shape, size.num_pages, size.num_recent, chunk)
+    ops = TorchOps(torch.bfloat16) if backend == "reference" else CPUOps()
     return Engine(
-        Decoder(CONFIG, _order_free_weights(), longest=1024),
-        make_backend("reference", memory),
+        Decoder(CONFIG, _order_free_weights(ops), ops, longest=1024),
+        make_backend(backend, memory),
         memory,
         vocab_size=64,
         session_len=1024,
@@ -170,22 +175,29 @@ def _prompt(length: int = LENGTH) -> list[int]:
     return np.random.default_rng(3).integers(0, 64, length).tolist()
 
 
+@pytest.fixture(scope="module", params=["reference", "cpu"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module", params=SPECS)
-def cold(request: pytest.FixtureRequest) -> tuple[str, Seen]:
+def cold(request: pytest.FixtureRequest, backend: str) -> tuple[str, Seen]:
     """A spec, and a cold run alone with the whole prompt in one chunk."""
-    return request.param, _observe(_order_free_engine(request.param, 512), _prompt())
+    engine = _order_free_engine(request.param, 512, backend=backend)
+    return request.param, _observe(engine, _prompt())
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
-def test_any_chunking_is_the_same_bits(cold: tuple[str, Seen], chunk: int) -> None:
+def test_any_chunking_is_the_same_bits(cold: tuple[str, Seen], backend: str, chunk: int) -> None:
     spec, expected = cold
-    _observe(_order_free_engine(spec, chunk), _prompt()).assert_same_bits(expected)
+    engine = _order_free_engine(spec, chunk, backend=backend)
+    _observe(engine, _prompt()).assert_same_bits(expected)
 
 
 @pytest.mark.parametrize("shared", [64, 100, LENGTH])
-def test_a_prefix_hit_is_the_same_bits(cold: tuple[str, Seen], shared: int) -> None:
+def test_a_prefix_hit_is_the_same_bits(cold: tuple[str, Seen], backend: str, shared: int) -> None:
     spec, expected = cold
-    engine = _order_free_engine(spec, 100)
+    engine = _order_free_engine(spec, 100, backend=backend)
     _observe(engine, _prompt()[:shared], new=1)
     hit = _observe(engine, _prompt(), all_logits=False)
     assert engine.stats().cached_tokens >= shared // PAGE_TOKENS * PAGE_TOKENS - PAGE_TOKENS
@@ -193,9 +205,12 @@ def test_a_prefix_hit_is_the_same_bits(cold: tuple[str, Seen], shared: int) -> N
 
 
 @pytest.mark.parametrize("chunk", [64, 512])
-def test_a_batch_of_sixteen_is_the_same_bits(cold: tuple[str, Seen], chunk: int) -> None:
+def test_a_batch_of_sixteen_is_the_same_bits(
+    cold: tuple[str, Seen], backend: str, chunk: int
+) -> None:
     spec, expected = cold
-    _observe(_order_free_engine(spec, chunk), _prompt(), others=15).assert_same_bits(expected)
+    engine = _order_free_engine(spec, chunk, backend=backend)
+    _observe(engine, _prompt(), others=15).assert_same_bits(expected)
 
 
 def test_the_model_tells_precisions_apart() -> None:
@@ -211,14 +226,25 @@ def test_the_model_tells_precisions_apart() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", ["bf16", "int8", "int4h", "int4h+r64", "int4h+s64r64"])
-def test_smollm2_is_the_same_bits(spec: str) -> None:
+@pytest.mark.parametrize(
+    ("spec", "weights"),
+    [
+        *((spec, "auto") for spec in ("bf16", "int8", "int4h", "int4h+r64", "int4h+s64r64")),
+        ("k4v4", "int8"),
+        ("int4h+r64", "int4"),
+    ],
+)
+def test_smollm2_is_the_same_bits(spec: str, weights: str) -> None:
     """Greedy text and logits of a real model, in bfloat16: chunks, a prefix hit, a batch."""
     prompt = np.random.default_rng(5).integers(100, 40000, 150).tolist()
 
     def engine(chunk: int) -> Engine:
         config = EngineConfig(
-            kv=spec, kv_tokens=8192, max_prefill_token_num=chunk, max_batch_size=20
+            kv=spec,
+            weight_dtype=weights,
+            kv_tokens=8192,
+            max_prefill_token_num=chunk,
+            max_batch_size=20,
         )
         try:
             return load_model("smollm2-135m", config).engine

@@ -128,3 +128,31 @@ def test_logprobs_are_the_models_own_and_hold_the_token() -> None:
     assert list(logprobs) == [0, 1, 3]
     assert list(logprobs.values()) == pytest.approx(LOGITS[[0, 1, 3]].tolist(), abs=1e-6)
     assert list(one(LOGITS, request_of([0], logprobs=0)).logprobs or {}) == [0]
+
+
+@pytest.mark.parametrize("spread", [0.05, 1.0, 4.0])
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("min_p", [0.0, 0.2])
+def test_top_p_of_a_large_vocabulary_is_that_of_all_sorted(
+    spread: float, top_p: float, min_p: float
+) -> None:
+    """Draws against a plain nucleus: the first tokens, likeliest first and ties by id, that have
+    top_p between them. Flat distributions need more tokens than are sorted at first."""
+    rng = np.random.default_rng(0)
+    row = (np.round(spread * rng.standard_normal(5000) * 8) / 8).astype(np.float32)  # with ties
+    weights = np.exp(row.astype(np.float64) - row.max())
+    order = np.lexsort((np.arange(len(row)), -row))
+    before = np.cumsum(weights[order]) - weights[order]
+    keep = (before < top_p * weights.sum()) & (weights[order] >= min_p)
+    kept = order[keep]
+    edges = np.cumsum(weights[kept])
+    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": top_p, "min_p": min_p}
+    for seed in range(50):
+        request = request_of([0], seed=seed, **options)
+        bits = np.random.Philox(key=seed, counter=request.num_generated)
+        place = np.random.Generator(bits).random() * edges[-1]
+        wanted = kept[min(int(np.searchsorted(edges, place, side="right")), len(kept) - 1)]
+        found = one(row, request).token
+        assert found is not None
+        near = min(abs(edges - place)) < 1e-9 * edges[-1]  # a sum in another order may tip it
+        assert found == wanted or near

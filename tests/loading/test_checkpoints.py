@@ -150,6 +150,17 @@ def test_missing_tensor(folder: Path, name: str) -> None:
     assert f'tensor "{name}" is missing in {folder}' in message
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_not_quantized(folder: Path, value: float) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+
+    respell(folder, change)
+    for weight_dtype in ("int8", "int4"):
+        with pytest.raises(ModelError, match=r"up\.weight of layer 1 .* not finite; download"):
+            pipeline(str(folder), EngineConfig(kv_tokens=256, weight_dtype=weight_dtype))
+
+
 def test_tensor_of_another_shape(folder: Path) -> None:
     message = refusal(set_keys(folder, intermediate_size=SHAPE["intermediate_size"] + 1))
     assert "tensor gate.weight of layer 0 has shape [96, 64], the config wants [97, 64]" in message

@@ -11,7 +11,8 @@ import pytest
 import torch
 import transformers
 
-from kvant import GenerationConfig, ModelError, Pipeline
+from kvant import EngineConfig, GenerationConfig, ModelError, Pipeline, pipeline
+from kvant.eval.text import default_text
 from kvant.loading.resolve import resolve_model
 from tests.models.tiny_models import TOLERANCE, error, exact, oracle, score
 
@@ -109,3 +110,50 @@ def describe(model: Any, ids: list[int], got: list[int], expected: list[int]) ->
     same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(got))
     second, first = np.sort(oracle(model, ids + expected[:same])[-1])[-2:]
     return f"differ at token {same} after {ids}; the best two logits are {first} and {second}"
+
+
+# ------------------------------------------------------------------------------- quantized weights
+
+
+def quantized(path: Path, weight_dtype: str, **options: Any) -> Pipeline:
+    config = EngineConfig(weight_dtype=weight_dtype, kv_tokens=8192, **options)
+    return pipeline(str(path), config)
+
+
+@pytest.mark.parametrize("weight_dtype", ["int8", "int4"])
+def test_quantized_weights_give_a_text_alone_as_in_company(path: Path, weight_dtype: str) -> None:
+    """Greedy texts: one by one, all at once, and with prompts in pieces."""
+    gen = GenerationConfig(max_new_tokens=24)
+    prompts = PROMPTS[:5] + PROMPTS[14:16]
+    with quantized(path, weight_dtype) as pipe:
+        together = pipe(prompts, gen)
+        assert isinstance(together, list)
+        alone = [pipe([prompt], gen) for prompt in prompts]
+    with quantized(path, weight_dtype, max_prefill_token_num=13) as pipe:
+        pieces = pipe(prompts, gen)
+        assert isinstance(pieces, list)
+    texts = [response.text for response in together]
+    assert texts == [response.text for (response,) in alone]  # type: ignore[misc]
+    assert texts == [response.text for response in pieces]
+    assert len({*texts}) == len(prompts) and all(texts)
+
+
+@pytest.fixture(scope="module")
+def text_loss(path: Path) -> Any:
+    """Mean negative log-likelihood of 512 tokens of a text with some weights."""
+
+    def loss(weight_dtype: str) -> float:
+        with quantized(path, weight_dtype) as pipe:
+            ids = pipe.tokenizer.encode(default_text().content[:8000])[:512]
+            assert len(ids) == 512
+            logits = torch.from_numpy(score(pipe, ids)[:-1])
+        return float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:])))
+
+    return loss
+
+
+def test_quantized_weights_keep_the_loss(text_loss: Any) -> None:
+    plain = text_loss("auto")
+    assert 2 < plain < 4
+    assert abs(text_loss("int8") / plain - 1) < 0.02
+    assert abs(text_loss("int4") / plain - 1) < 0.1

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import mmap
-from contextlib import suppress
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
 from kvant.errors import ConfigError
+from kvant.memory import huge_memory
 
 __all__ = ["BytePool"]
-
-# Shared memory, Python's default, has no huge pages, and a page of a sequence lies anywhere: with
-# small ones the processor looks up more addresses than it reads lines.
-_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
 
 class BytePool:
@@ -31,17 +24,13 @@ class BytePool:
         self.page_bytes = page_bytes
         self.num_pages = num_pages
         try:
-            region = mmap.mmap(-1, max(num_pages * page_bytes, 1), flags=_PRIVATE)
+            flat = huge_memory(num_pages * page_bytes)
         except (OSError, OverflowError) as error:
             raise ConfigError(
                 f"the system refuses a KV cache of {num_pages * page_bytes} bytes ({error}); "
                 "give less with kv_memory or kv_tokens"
             ) from None
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with suppress(OSError):  # a kernel without huge pages
-                region.madvise(mmap.MADV_HUGEPAGE)
-        flat: NDArray[Any] = np.frombuffer(region, np.uint8)
-        self.pages = flat[: num_pages * page_bytes].reshape(num_pages, page_bytes)
+        self.pages: NDArray[np.uint8] = flat.reshape(num_pages, page_bytes)
 
     @property
     def nbytes(self) -> int:

@@ -17,12 +17,13 @@ from kvant.errors import ConfigError
 from kvant.formats import KVShape, KVSpec, is_auto
 from kvant.formats.auto import choose_preset
 from kvant.kernels import KVMemory, check_backend, make_backend
-from kvant.kernels.cpu import CPUBackend, CPUOps
 from kvant.loading.checkpoint import Checkpoint, Progress, load_weights
 from kvant.loading.resolve import resolve_model
 from kvant.loading.tokenizer import Tokenizer
 from kvant.models.config import DecoderConfig
+from kvant.models.cpu import CPUOps
 from kvant.models.decoder import Decoder, DecoderWeights
+from kvant.models.ops import Ops, TorchOps
 
 _log = logging.getLogger("kvant")
 
@@ -133,11 +134,27 @@ class OpenModel:
         """Its shape."""
         return self.checkpoint.config
 
-    def weights(self, dtype: str, progress: Progress | None = None) -> DecoderWeights:
-        """Read the weights; ``dtype`` and errors as in :func:`load_model`."""
-        # On a CPU bfloat16 is the fast 16-bit type, whatever the checkpoint was saved in.
-        kind = getattr(torch, "bfloat16" if dtype == "auto" else dtype)
-        return load_weights(self.checkpoint, kind, progress)
+    def weights(self, config: EngineConfig, progress: Progress | None = None) -> DecoderWeights:
+        """Read the weights as ``config`` says; errors as in :func:`load_model`."""
+        args = config.weight_dtype, _ops(config), progress
+        return load_weights(self.checkpoint, _dtype(config), *args)
+
+
+def _dtype(config: EngineConfig) -> torch.dtype:
+    # On a CPU bfloat16 is the fast 16-bit type, whatever the checkpoint was saved in.
+    found: torch.dtype = getattr(torch, "bfloat16" if config.dtype == "auto" else config.dtype)
+    return found
+
+
+def _threads(config: EngineConfig) -> int:
+    return config.num_threads or torch.get_num_threads()
+
+
+def _ops(config: EngineConfig) -> Ops:
+    """Who computes what is not attention."""
+    if check_backend(config.backend) == "cpu":
+        return CPUOps(_threads(config))
+    return TorchOps(_dtype(config))
 
 
 def open_model(name: str, config: EngineConfig) -> OpenModel:
@@ -165,11 +182,9 @@ def start_model(opened: OpenModel, weights: DecoderWeights, config: EngineConfig
     session_len = _session_len(config, model, size)
     step_tokens = config.max_prefill_token_num
     memory = KVMemory.allocate(spec, model.kv_shape, size.num_pages, size.num_recent, step_tokens)
-    threads = config.num_threads or torch.get_num_threads()
-    backend = make_backend(config.backend, memory, threads)
-    ops = CPUOps(threads) if isinstance(backend, CPUBackend) else None
+    backend = make_backend(config.backend, memory, _threads(config))
     engine = Engine(
-        Decoder(model, weights, longest=session_len, ops=ops),
+        Decoder(model, weights, _ops(config), longest=session_len),
         backend,
         memory,
         vocab_size=model.vocab_size,
@@ -202,4 +217,4 @@ def load_model(name: str, config: EngineConfig, progress: Progress | None = None
         ConfigError: the options do not fit it or the machine.
     """
     opened = open_model(name, config)
-    return start_model(opened, opened.weights(config.dtype, progress), config)
+    return start_model(opened, opened.weights(config, progress), config)

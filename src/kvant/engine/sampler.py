@@ -9,11 +9,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kvant.config import GenerationConfig
 from kvant.request import Request
 
 __all__ = ["Sampled", "sample"]
 
 Row = NDArray[np.float32]
+
+_FIRST_SORTED = 64  # tokens that are sorted for top-p at first; then times as many
 
 
 class Sampled(NamedTuple):
@@ -33,7 +36,7 @@ def sample(logits: NDArray[np.float32], requests: Sequence[Request]) -> list[Sam
 
 
 def _sample_row(row: Row, best: int, request: Request) -> Sampled:
-    if not np.isfinite(row[best]) or np.isnan(row).any():
+    if not np.isfinite(row[best]):  # argmax finds a NaN first
         return Sampled(None)
     gen = request.gen
     changed = _process(row, request)
@@ -82,22 +85,42 @@ def _banned(request: Request) -> set[int]:
 def _draw(row: Row, request: Request) -> int:
     """One draw from the softmax of ``row`` under temperature, top-k, top-p and min-p."""
     gen = request.gen
-    count = min(gen.top_k or len(row), len(row))
-    if count < len(row):
-        kept = np.argpartition(row, -count)[-count:]
-    else:
-        kept = np.arange(len(row))
-    kept = kept[np.lexsort((kept, -row[kept]))]  # most likely first, ties by token id
-    scaled = (row[kept] - row[kept[0]]).astype(np.float64) / gen.temperature
-    weights = np.exp(scaled)
-    total = weights.cumsum()
+    kept, weights, mass = _likely(row, gen)
     # A token is kept while the tokens before it have less than top_p of the total.
-    nucleus = (total - weights) < gen.top_p * total[-1]
-    nucleus &= weights >= gen.min_p * weights[0]
-    nucleus[0] = True
+    nucleus = (weights.cumsum() - weights) < gen.top_p * mass
+    nucleus &= weights >= gen.min_p * weights.max()
+    nucleus[weights.argmax()] = True
     total = np.where(nucleus, weights, 0).cumsum()
     place = int(np.searchsorted(total, _uniform(request) * total[-1], side="right"))
     return int(kept[min(place, int(nucleus.nonzero()[0][-1]))])
+
+
+def _likely(
+    row: Row, gen: GenerationConfig
+) -> tuple[NDArray[np.int64], NDArray[np.float64], float]:
+    """Tokens that can be drawn, their weights, and the weight of all that top-k leaves. They are
+    in order, most likely first and ties by token id, where top-p needs it; no more than that are
+    sorted, which of a whole vocabulary would take longer than a step of a small model."""
+    best = row.max()
+
+    def weigh(tokens: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        tokens = tokens[np.lexsort((tokens, -row[tokens]))]
+        return tokens, np.exp((row[tokens] - best).astype(np.float64) / gen.temperature)
+
+    if 0 < gen.top_k < len(row):
+        kept, weights = weigh(np.argpartition(row, -gen.top_k)[-gen.top_k :])
+        return kept, weights, float(weights.sum())
+    every = np.exp((row - best).astype(np.float64) / gen.temperature)
+    mass = float(every.sum())
+    if gen.top_p == 1:
+        return np.arange(len(row)), every, mass
+    count = _FIRST_SORTED
+    while count < len(row):
+        kept, weights = weigh(np.argpartition(row, -count)[-count:])
+        if weights[weights > weights[-1]].sum() >= gen.top_p * mass:
+            return kept, weights, mass
+        count *= _FIRST_SORTED
+    return *weigh(np.arange(len(row))), mass
 
 
 def _uniform(request: Request) -> float:

@@ -39,12 +39,9 @@ class Plan:
         fine_pages: NDArray[np.int64],
     ) -> None: ...
 
-class Ops:
+class Rotary:
     def __init__(self, isa: str, threads: int) -> None: ...
-    def rms_norm(
-        self, x: Address, weight: Address, out: Address, rows: int, dim: int, eps: float
-    ) -> None: ...
-    def rope(
+    def forward(
         self,
         x: Address,
         cos: Address,
@@ -54,7 +51,29 @@ class Ops:
         heads: int,
         head_dim: int,
     ) -> None: ...
-    def silu_mul(self, x: Address, out: Address, rows: int, dim: int) -> None: ...
+
+class Linear:
+    def __init__(
+        self,
+        *,
+        isa: str,
+        kind: int,
+        gated: bool,
+        offsets: bool,
+        inputs: int,
+        outputs: int,
+        groups: int,
+        group_words: int,
+        rotation: int,
+        signs: NDArray[np.float32] | None,
+        lines: NDArray[np.uint8],
+        factors: NDArray[np.float32] | None,
+        bias: NDArray[np.float32] | None,
+        threads: int,
+    ) -> None: ...
+    def forward(
+        self, x: Address, out: Address, rows: int, norm: int, eps: float, add: bool
+    ) -> None: ...
 
 class Backend:
     def __init__(
@@ -85,4 +104,41 @@ class Backend:
         window: int,
         softcap: float,
         sinks: NDArray[np.float32] | None,
+    ) -> None: ...
+
+class Block:
+    def __init__(
+        self,
+        *,
+        qkv: Linear,
+        output: Linear,
+        gate_up: Linear,
+        down: Linear,
+        attention_norm: int,
+        mlp_norm: int,
+        eps: float,
+        window: int,
+    ) -> None: ...
+
+class Decoder:
+    def __init__(
+        self,
+        rotary: Rotary,
+        blocks: list[Block],
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        scale: float,
+        threads: int,
+    ) -> None: ...
+    def forward(
+        self,
+        backend: Backend,
+        plan: Plan,
+        x: Address,
+        cos: Address,
+        sin: Address,
+        rows: int,
+        chosen: NDArray[np.int64],
+        out: Address,
     ) -> None: ...

@@ -23,7 +23,15 @@ from kvant.formats.spec import LayerLayout
 from kvant.kernels import _native
 from kvant.kernels.backend import Batch, KVMemory
 
-__all__ = ["CPUBackend", "CPUOps", "arithmetic", "available_isas", "check_cpu", "chosen_isa"]
+__all__ = [
+    "CPUBackend",
+    "address",
+    "arithmetic",
+    "available_isas",
+    "check_cpu",
+    "chosen_isa",
+    "default_threads",
+]
 
 _MAX_HEAD_DIM = 256
 _DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
@@ -121,7 +129,7 @@ class CPUBackend:
         shape = self._memory.shape
         plan = self._plan_of(batch)
         self._check(layer, shape.num_kv_heads, keys, values)
-        self._native.write(plan, layer, _address(keys), _address(values))
+        self._native.write(plan, layer, address(keys), address(values))
 
     def attend(
         self,
@@ -145,8 +153,8 @@ class CPUBackend:
         self._native.attend(
             plan,
             layer,
-            _address(queries),
-            _address(out),
+            address(queries),
+            address(out),
             heads,
             scale,
             window or 0,
@@ -154,6 +162,28 @@ class CPUBackend:
             sinks,
         )
         return out if isinstance(out, np.ndarray) else out.to(q.dtype)
+
+    def run(self, decoder: _native.Decoder, batch: Batch, x: Any, cos: Any, sin: Any) -> Any:
+        """``write`` and ``attend`` of all layers, with what ``decoder`` has around them.
+
+        Args:
+            decoder: made for a model of this cache's shape.
+            batch: the rows.
+            x: dense ``[T, hidden]``, which is used up.
+            cos, sin: float32 ``[T, 1, D/2]``.
+
+        Returns:
+            ``[R, hidden]``, the results of ``batch.logit_rows``.
+        """
+        plan = self._plan_of(batch)
+        rows = batch.logit_rows
+        assert x.shape[0] == cos.shape[0] == sin.shape[0] >= self._rows, x.shape
+        assert all(each.is_contiguous() for each in (x, cos, sin))
+        assert len(rows) == 0 or (rows[-1] < len(x) and (rows[1:] > rows[:-1]).all()), rows
+        out = x.new_empty((len(rows), x.shape[1]))
+        tables = address(cos), address(sin)
+        decoder.forward(self._native, plan, address(x), *tables, x.shape[0], rows, address(out))
+        return out
 
     def _check(self, layer: int, heads: int, *tensors: Any) -> None:
         """The kernels believe what they are told."""
@@ -172,35 +202,6 @@ class CPUBackend:
             self._batch, self._plan = batch, plan
             self._rows = max((s.row + s.end - s.start for s in batch.sequences), default=0)
         return self._plan
-
-
-class CPUOps:
-    """The operations of :class:`kvant.models.ops.Ops` on torch tensors, each in one pass."""
-
-    def __init__(self, num_threads: int | None = None) -> None:
-        self._native = _native.Ops(isa=chosen_isa(), threads=num_threads or default_threads())
-
-    def rms_norm(self, x: Any, weight: Any, eps: float) -> Any:
-        """In float32, rounded once."""
-        x, out = _dense(x), x.new_empty(x.shape)
-        rows, dim = x.shape
-        self._native.rms_norm(_address(x), _address(weight), _address(out), rows, dim, eps)
-        return out
-
-    def rope(self, x: Any, cos: Any, sin: Any) -> Any:
-        """In float32."""
-        x, out = _dense(x), cos.new_empty(x.shape)
-        rows, heads, dim = x.shape
-        tables = _address(cos), _address(sin)
-        self._native.rope(_address(x), *tables, _address(out), rows, heads, dim)
-        return out
-
-    def silu_mul(self, gate_up: Any) -> Any:
-        """In float32, rounded once."""
-        rows, double = gate_up.shape
-        gate_up, out = _dense(gate_up), gate_up.new_empty((rows, double // 2))
-        self._native.silu_mul(_address(gate_up), _address(out), rows, double // 2)
-        return out
 
 
 def _layer(layer: LayerLayout, head_dim: int) -> _native.Layer:
@@ -239,7 +240,7 @@ def _dense(x: Any) -> Any:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _address(x: Any) -> tuple[int, int, int, int]:
+def address(x: Any) -> tuple[int, int, int, int]:
     """Where ``x [T, heads, D]``, or one of fewer dimensions, is: address, type and the strides of
     the first two in elements (that of a last dimension is 1)."""
     if isinstance(x, np.ndarray):

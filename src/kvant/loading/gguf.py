@@ -1,19 +1,29 @@
-"""A GGUF file: metadata, tokenizer and block-quantized weights, decoded by the gguf package."""
+"""A GGUF file: metadata, tokenizer and block-quantized weights.
+
+Blocks of 4 and 8 bits (Q4_0, Q4_1, Q4_K, Q8_0: ggml-common.h and ggml-quants.c of llama.cpp) can
+be used as the codes that they are. The gguf package decodes these and all others to floats; Q5 and
+Q6 types too, which as codes of 8 bits would take more room than in the file.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from gguf import GGUFReader
-from gguf.quants import dequantize
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
+from gguf.quants import Q4_K, dequantize
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvant.errors import ModelError
 from kvant.loading.checkpoint import their_name
+from kvant.loading.packed import Packing
 from kvant.loading.tokenizer import Tokenizer
+from kvant.models.codes import Codes
 from kvant.models.config import DecoderConfig, RopeConfig
 
 __all__ = ["GGUFCheckpoint"]
@@ -69,6 +79,7 @@ class GGUFCheckpoint:
     """
 
     def __init__(self, path: Path) -> None:
+        self.quantized: Packing | None = None
         self._path = path
         reader = _open(path)
         self._fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -151,14 +162,87 @@ class GGUFCheckpoint:
                 "package cannot decode; use another quantization of this model"
             ) from None
         tensor = torch.from_numpy(np.array(values, np.float32, order="C"))
+        return self._in_order(name)(tensor)
+
+    def codes(self, name: str, layer: int | None = None) -> Codes | None:
+        """The codes of 4 or 8 bits of our weight ``name``; None if its type has no such codes."""
+        found = self._tensor_of(name, layer)
+        if found.tensor_type not in _BLOCKS:
+            return None
+        bits, decode = _BLOCKS[found.tensor_type]
+        size = GGML_QUANT_SIZES[found.tensor_type][1]
+        codes, scale, offset = decode(np.asarray(found.data).reshape(len(found.data), -1, size))
+        group = codes.shape[-1]
+        parts = Codes(
+            codes=_rows(codes, np.uint8),
+            scale=_rows(scale, np.float32),
+            offset=None if offset is None else _rows(offset, np.float32),
+            bits=bits,
+            group=group,
+        )
+        return parts.rows(self._in_order(name))
+
+    def _in_order(self, name: str) -> Callable[[Tensor], Tensor]:
+        """What puts rows of our tensor ``name`` where they belong."""
         stem = name.partition(".")[0]
         if stem in ("q", "k") and _PERMUTED[self._architecture]:
             heads = self.config.num_heads if stem == "q" else self.config.num_kv_heads
-            tensor = _unpermute(tensor, heads)
-        return tensor
+            return partial(_unpermute, heads=heads)
+        return lambda rows: rows
 
 
 def _unpermute(x: Tensor, heads: int) -> Tensor:
     """Rows (head, pair, half) back to (head, half, pair): RoPE pairs are (d, d + D/2) here."""
     rows = x.view(heads, x.shape[0] // heads // 2, 2, *x.shape[1:])
     return rows.transpose(1, 2).reshape(x.shape)
+
+
+# Blocks [out, blocks, bytes] -> codes [out, ..., group], scales [out, ...] and offsets.
+_Bytes: TypeAlias = NDArray[np.uint8]
+_Parts: TypeAlias = tuple[_Bytes, NDArray[np.float32], NDArray[np.float32] | None]
+
+
+def _rows(x: NDArray[Any], dtype: type[Any]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(x, dtype).reshape(len(x), -1))
+
+
+def _half(x: _Bytes) -> NDArray[np.float32]:
+    """Numbers of two bytes."""
+    return np.ascontiguousarray(x).view(np.float16).astype(np.float32)
+
+
+def _nibbles(x: _Bytes) -> _Bytes:
+    """All low ones, then all high ones."""
+    return np.concatenate((x & 15, x >> 4), axis=-1)
+
+
+def _q4_0(x: _Bytes) -> _Parts:
+    return _nibbles(x[..., 2:]), _half(x[..., :2]), None
+
+
+def _q4_1(x: _Bytes) -> _Parts:
+    scale, low = _half(x[..., :2]), _half(x[..., 2:4])
+    return _nibbles(x[..., 4:]), scale, low + 8 * scale
+
+
+def _q4_k(x: _Bytes) -> _Parts:
+    """Eight groups of 32 with scales and minima of 6 bits; two groups share bytes."""
+    scales, lows = Q4_K.get_scale_min(np.ascontiguousarray(x[..., 4:16]).reshape(-1, 12))
+    scale = _half(x[..., :2]) * scales.reshape(*x.shape[:2], 8)
+    low = _half(x[..., 2:4]) * lows.reshape(*x.shape[:2], 8)
+    codes = _nibbles(x[..., 16:].reshape(*x.shape[:2], 4, 32)).reshape(*x.shape[:2], 8, 32)
+    return codes, scale, 8 * scale - low
+
+
+def _q8_0(x: _Bytes) -> _Parts:
+    return x[..., 2:] ^ np.uint8(128), _half(x[..., :2]), None
+
+
+_Type = GGMLQuantizationType
+_BLOCKS: dict[_Type, tuple[int, Callable[[_Bytes], _Parts]]] = {
+    _Type.Q4_0: (4, _q4_0),
+    _Type.Q4_1: (4, _q4_1),
+    _Type.Q4_K: (4, _q4_k),
+    _Type.Q8_0: (8, _q8_0),
+}
+"""Bits and decoder of the types that are codes."""

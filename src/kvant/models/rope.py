@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvant.models.config import RopeConfig
 
-__all__ = ["attention_factor", "inverse_frequencies", "rope_tables"]
+__all__ = ["RopeTables", "attention_factor", "inverse_frequencies"]
 
 
 def _base_frequencies(theta: float, head_dim: int) -> Tensor:
@@ -95,7 +97,24 @@ def attention_factor(rope: RopeConfig) -> float:
     return mscale(1.0)
 
 
-def rope_tables(positions: Tensor, inv_freq: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    """cos and sin ``[T, 1, D / 2]`` at ``positions [T]``."""
-    angles = positions.float()[:, None] * inv_freq
-    return (angles.cos() * factor)[:, None], (angles.sin() * factor)[:, None]
+class RopeTables:
+    """cos and sin by position, each computed once.
+
+    Args:
+        inv_freq: ``[D / 2]``.
+        factor: see :func:`attention_factor`.
+    """
+
+    def __init__(self, inv_freq: Tensor, factor: float) -> None:
+        self._inv_freq, self._factor = inv_freq, factor
+        self._cos = self._sin = np.empty((0, 1, len(inv_freq)), np.float32)
+
+    def at(self, positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """cos and sin ``[T, 1, D / 2]`` at ``positions [T]``."""
+        needed = int(positions.max()) + 1 if len(positions) else 0
+        if needed > len(self._cos):
+            every = torch.arange(max(needed, 2 * len(self._cos)))
+            angles = (every.float()[:, None] * self._inv_freq)[:, None]
+            self._cos = (angles.cos() * self._factor).numpy()
+            self._sin = (angles.sin() * self._factor).numpy()
+        return torch.from_numpy(self._cos[positions]), torch.from_numpy(self._sin[positions])
