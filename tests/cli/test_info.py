@@ -135,6 +135,62 @@ def test_the_weights_are_taken_off_the_free_memory(
     assert facts(run, tiny, "--dtype", "float32")["weight_bytes"] == 2 * found["weight_bytes"]
 
 
+def matrices(model: Path) -> tuple[int, int]:
+    """Weights of layers, and those of the embedding, which are as many as the head's."""
+    from safetensors.torch import load_file
+
+    sizes = {name: x.numel() for name, x in load_file(model).items() if x.ndim == 2}
+    return sum(size for name, size in sizes.items() if "layers" in name), sizes.pop(
+        "lm_head.weight"
+    )
+
+
+@pytest.mark.parametrize(("kind", "bits", "head"), (("int8", 8, 8), ("int4", 5, 8)))
+def test_quantized_weights(run: Run, tiny: str, kind: str, bits: int, head: int) -> None:
+    """The head keeps 8 bits; the embedding is only looked up."""
+    layers, embedding = matrices(Path(tiny, "model.safetensors"))
+    assert facts(run, tiny)["weights"] == "bfloat16"
+    found = facts(run, tiny, "--weights", kind)
+    assert found["weights"] == kind
+    expected = (layers * bits + embedding * (head + 16)) / 8
+    assert found["weight_bytes"] == pytest.approx(expected, rel=0.05)
+    assert f"weights ({kind}) take about" in run("info", tiny, "--weights", kind).out
+
+
+@pytest.mark.parametrize(
+    ("method", "bits", "group", "words", "expected", "size"),
+    (
+        ("awq", 4, 64, (), "awq, 4 bits, groups of 64", 4.5),
+        ("gptq", 8, -1, (), "gptq, 8 bits, one group", 8.5),
+        ("gptq", 4, 32, ("--weights", "int4"), "gptq, 4 bits, groups of 32", 5),
+        ("gptq", 4, 32, ("--weights", "int8"), "int8", 8.1),
+    ),
+)
+def test_weights_that_a_checkpoint_stores_as_codes(
+    run: Run,
+    tiny: str,
+    tmp_path: Path,
+    method: str,
+    bits: int,
+    group: int,
+    words: tuple[str, ...],
+    expected: str,
+    size: float,
+) -> None:
+    """Weights are not read, so the tiny model's will do."""
+    for file in Path(tiny).iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "config.json").unlink()
+    quantization = {"quant_method": method, "bits": bits, "group_size": group}
+    write_config(tmp_path, quantization_config=quantization)
+    layers, embedding = matrices(Path(tiny, "model.safetensors"))
+    found = facts(run, str(tmp_path), *words)
+    assert found["weights"] == expected
+    head = 8.1 if words else 16
+    total = (layers * size + embedding * (head + 16)) / 8
+    assert found["weight_bytes"] == pytest.approx(total, rel=0.01)
+
+
 def test_the_table(run: Run, tiny: str) -> None:
     out = run("info", tiny, "--memory", "1GiB", "--quant_policy", "4").out
     assert "LlamaForCausalLM, 2 layers, 2 heads, 1 KV heads of 16, context 16384" in out

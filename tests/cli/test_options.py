@@ -54,6 +54,12 @@ def test_dashes_and_underscores_are_the_same(parser: Parser, words: tuple[str, .
     assert engine(parser, *words) == EngineConfig(quant_policy=8)
 
 
+@pytest.mark.parametrize("name", ("--weight-dtype", "--weight_dtype", "--weights"))
+def test_an_option_may_have_a_short_name(parser: Parser, name: str) -> None:
+    assert engine(parser, name, "int8") == EngineConfig(weight_dtype="int8")
+    assert "--weight-dtype X, --weights X" in " ".join(parser.format_help().split())
+
+
 def test_values_get_the_type_of_their_field(parser: Parser) -> None:
     asked = engine(
         parser, "--kv", "k=int8h,v=int4h", "--kv-memory=2GiB", "--session_len", "64",
@@ -89,6 +95,7 @@ def test_options_may_stand_between_prompts(parser: Parser) -> None:
         (("--kv", "int4g"), ('unknown KV format "int4g"', 'did you mean "int4')),
         (("--kv", "int8", "--quant-policy", "4"), ("both kv=", "quant_policy=4")),
         (("--quant-policy", "5"), ("quant_policy=5",)),
+        (("--weights", "int3"), ('weight_dtype "int3"', "int8, int4")),
         (("--kv-memory", "3XB"), ("'3XB'", "4GiB")),
         (("--max-new-tokens", "0"), ("max_new_tokens=0", "at least 1")),
         (("--max-new-tokens", "-3"), ("max_new_tokens=-3", "at least 1")),

@@ -41,7 +41,7 @@ def opened(tiny: str) -> OpenModel:
 
 @pytest.fixture(scope="module")
 def weights(opened: OpenModel) -> DecoderWeights:
-    return opened.weights("float32")
+    return opened.weights(CONFIG)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 
 from kvant.errors import ConfigError
 from kvant.eval.fidelity import FidelityRow
-from kvant.eval.plot import check_plot, plot
+from kvant.eval.plot import plot
+from kvant.figure import check_plot
 
 KLD = {
     "f32": (32, 0.0), "bf16": (16, 2.2e-5), "int8": (8.5, 3.35e-4), "int8h": (8.5, 1.5e-4),

@@ -44,7 +44,7 @@ def test_sqnr_is_that_of_encoding_directly(tiny: str, kv: str, chunk: int) -> No
     config = EngineConfig(kv=kv, dtype="float32", kv_tokens=256, max_prefill_token_num=chunk)
     opened = open_model(tiny, config)
     ids = np.random.default_rng(2).integers(0, VOCAB - 2, 200).tolist()
-    with Pipeline(start_model(opened, opened.weights("float32"), config)) as pipe:
+    with Pipeline(start_model(opened, opened.weights(config), config)) as pipe:
         probe = Recorder.install(pipe.model.engine)
         assert isinstance(probe, Recorder)
         pipe.run([pipe.score_request(ids, lambda *_: None)])
@@ -64,7 +64,7 @@ def test_sqnr_is_that_of_encoding_directly(tiny: str, kv: str, chunk: int) -> No
 def test_an_exact_cache_has_no_noise(tiny: str) -> None:
     config = EngineConfig(kv="f32", dtype="float32", kv_tokens=256)
     opened = open_model(tiny, config)
-    with Pipeline(start_model(opened, opened.weights("float32"), config)) as pipe:
+    with Pipeline(start_model(opened, opened.weights(config), config)) as pipe:
         probe = Probe.install(pipe.model.engine)
         assert pipe.model.engine.backend is probe and probe.name == check_backend("auto")
         pipe.run([pipe.score_request([1] * 100, lambda *_: None)])

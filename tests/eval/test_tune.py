@@ -68,7 +68,7 @@ def test_bits_go_where_they_pay() -> None:
 def runner(tiny: str) -> Runner:
     config = EngineConfig(kv="f32", dtype="float32")
     opened = open_model(tiny, config)
-    return Runner(opened, opened.weights("float32"), config, lambda _: None)
+    return Runner(opened, opened.weights(config), config, lambda _: None)
 
 
 def test_estimates_are_what_a_format_costs_alone(runner: Runner) -> None:

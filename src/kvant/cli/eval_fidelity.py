@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvant.cli import eval as shared
+from kvant.cli import measuring
 from kvant.cli.options import split_specs
 from kvant.cli.prompts import read_prompts
 from kvant.cli.terminal import table
@@ -55,15 +56,9 @@ def run(options: Namespace) -> int:
     config = shared.read_config(options)
     contexts = shared.contexts(options.ctx)
     prompts = None if options.prompts is None else read_prompts((), options.prompts)
-    for name in ("output", "plot"):
-        shared.check_target(name, getattr(options, name))
-
-    from kvant.eval.plot import check_plot, plot
-
-    if options.plot is not None:
-        check_plot(Path(options.plot))
+    measuring.check_targets(options)
     text = shared.open_text(options)
-    opened = shared.find_model(options, config)
+    opened = measuring.find_model(options, config)
     from kvant.eval.fidelity import evaluate, make_plan
 
     plan = make_plan(
@@ -77,13 +72,15 @@ def run(options: Namespace) -> int:
         prompts=prompts,
     )
     shared.note_text(options, plan.windows)
-    weights = shared.load_weights(options, config, opened)
-    with shared.ticking("evaluating", plan.num_tokens, shown=not options.json) as tick:
+    weights = measuring.load_weights(options, config, opened)
+    with measuring.ticking("evaluating", plan.num_tokens, shown=not options.json) as tick:
         rows = evaluate(opened, weights, config, plan, tick)
     found = {"baseline": rows[0].kv_spec, "results": [asdict(row) for row in rows]}
     stored = shared.store(options, config, text, found)
     print(stored if options.json else _text(rows))
     if options.plot is not None:
+        from kvant.eval.plot import plot
+
         plot(rows, Path(options.plot), model=Path(options.model).name)
     return 0
 

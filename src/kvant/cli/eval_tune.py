@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from kvant.cli import eval as shared
+from kvant.cli import measuring
 from kvant.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,11 +36,11 @@ def run(options: Namespace) -> int:
     """Tune, print and store."""
     config = shared.read_config(options)
     contexts = shared.contexts(options.ctx)
-    shared.check_target("output", options.output)
+    measuring.check_targets(options)
     if options.output is not None and not options.output.endswith(".json"):
         raise ConfigError(f"--output {options.output} must end in .json, by which --kv knows it")
     text = shared.open_text(options)
-    opened = shared.find_model(options, config)
+    opened = measuring.find_model(options, config)
     from kvant.eval.fidelity import make_plan
     from kvant.eval.runner import Runner
     from kvant.eval.tune import check_tuning, num_tokens, tune
@@ -58,8 +59,8 @@ def run(options: Namespace) -> int:
     windows = [ids for each in plan.windows.values() for ids in each]
     check_tuning(shape, windows, options.budget_bits)
     shared.note_text(options, plan.windows)
-    weights = shared.load_weights(options, config, opened)
-    with shared.ticking("tuning", num_tokens(shape, windows), shown=not options.json) as tick:
+    weights = measuring.load_weights(options, config, opened)
+    with measuring.ticking("tuning", num_tokens(shape, windows), shown=not options.json) as tick:
         policy = tune(Runner(opened, weights, config, tick), baseline, windows, options.budget_bits)
     found = {
         "budget_bits": options.budget_bits,

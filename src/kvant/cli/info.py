@@ -27,6 +27,7 @@ from kvant.kernels.cpu import available_isas, chosen_isa
 from kvant.machine import cpu, isa, package_version
 
 if TYPE_CHECKING:
+    from kvant.loading.packed import Packing
     from kvant.models.config import DecoderConfig
 
 __all__ = ["configure", "run"]
@@ -42,6 +43,7 @@ _UNRELATED = (
 _PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "gguf")
 _GIB = 2**30
 _CONTEXT = 4096  # tokens over which finer groups are spread in figures of bits
+_BITS = {"int8": 8.1, "int4": 5.0}  # of a weight, with scales and offsets (models/codes.py)
 
 Json = dict[str, Any]
 
@@ -148,9 +150,10 @@ def _model(name: str, config: EngineConfig, memory: int | None) -> Json:
     import_engine()
     from kvant.engine.load import open_checkpoint
 
-    model = open_checkpoint(path).config
+    checkpoint = open_checkpoint(path)
+    model = checkpoint.config
     chosen = config.kv_spec(model.architecture)
-    weights = _num_weights(model) * (4 if config.dtype == "float32" else 2)
+    kind, weights = _weights(model, config, checkpoint.quantized)
     if memory is None:
         memory = max(free_memory() - weights, 1)
     return {
@@ -161,6 +164,7 @@ def _model(name: str, config: EngineConfig, memory: int | None) -> Json:
         "num_kv_heads": model.num_kv_heads,
         "head_dim": model.head_dim,
         "max_positions": model.max_positions,
+        "weights": kind,
         "weight_bytes": weights,
         "memory": memory,
         "session_len": config.session_len or model.max_positions,
@@ -205,12 +209,27 @@ def _cache_row(spec: KVSpec, config: EngineConfig, model: DecoderConfig, memory:
     }
 
 
-def _num_weights(model: DecoderConfig) -> int:
-    """Parameters of the matrices, which is all but a thousandth of a model."""
+def _weights(
+    model: DecoderConfig, config: EngineConfig, packing: Packing | None
+) -> tuple[str, int]:
+    """What linear layers are, and about how many bytes all matrices take, which is all but a
+    thousandth of a model. The head has its own, also where it is made of the embedding."""
     attention = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    layer = model.hidden_size * (attention + 3 * model.intermediate_size)
-    embeddings = 1 if model.tie_embeddings else 2
-    return model.num_layers * layer + embeddings * model.vocab_size * model.hidden_size
+    layers = model.num_layers * model.hidden_size * (attention + 3 * model.intermediate_size)
+    embedding = model.vocab_size * model.hidden_size
+    kind = "bfloat16" if config.dtype == "auto" else config.dtype
+    plain = 32 if kind == "float32" else 16
+    bits = head = float(plain)
+    if config.weight_dtype != "auto":
+        kind, head = config.weight_dtype, _BITS["int8"]
+        bits = _BITS[kind]
+    kept = packing is not None and not packing.act_order
+    if packing is not None and kept and config.weight_dtype in ("auto", f"int{packing.bits}"):
+        groups = f"groups of {packing.group}" if packing.group else "one group"
+        kind = f"{packing.kind}, {packing.bits} bits, {groups}"
+        scales = 2 if packing.bits == 4 else 1  # most have offsets too
+        bits = packing.bits + 16 * scales / (packing.group or model.hidden_size)
+    return kind, int(layers * bits + embedding * (head + plain)) // 8
 
 
 def _model_text(facts: Json) -> str:
@@ -223,8 +242,8 @@ def _model_text(facts: Json) -> str:
             f"{facts['model']}: {facts['architecture']}, {facts['num_layers']} layers, "
             f"{facts['num_heads']} heads, {facts['num_kv_heads']} KV heads of "
             f"{facts['head_dim']}, context {facts['max_positions']}",
-            f"weights take about {_gib(facts['weight_bytes'])}; memory free beside them: "
-            f"{_gib(facts['memory'])}",
+            f"weights ({facts['weights']}) take about {_gib(facts['weight_bytes'])}; memory free "
+            f"beside them: {_gib(facts['memory'])}",
             "",
             table(head, rows),
             "",

@@ -85,7 +85,7 @@ def add_options(
     for field in dataclasses.fields(config):
         if field.name not in without:
             group.add_argument(
-                f"--{field.name.replace('_', '-')}",
+                *(f"--{name.replace('_', '-')}" for name in _names(field)),
                 dest=field.name,
                 default=argparse.SUPPRESS,
                 help=_help(field),
@@ -130,6 +130,10 @@ def _is_second_side(piece: str, before: str) -> bool:
     if equals and not _SIDE.match(pair):  # "0,1=k=int8h"
         pair = rest
     return bool(_SIDE.match(piece) and _SIDE.match(pair)) and "," not in pair
+
+
+def _names(field: dataclasses.Field[Any]) -> tuple[str, ...]:
+    return (field.name, *field.metadata.get("aliases", ()))
 
 
 def _help(field: dataclasses.Field[Any]) -> str:

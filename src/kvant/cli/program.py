@@ -30,13 +30,20 @@ COMMANDS = {
     "chat": "talk to a model",
     "info": "this machine, the KV formats, and what a model's cache takes",
     "eval": "what KV formats cost on a model and a text",
+    "bench": "how fast formats, models and kernels are here",
 }
 
 TASKS = {
     "eval": {
         "fidelity": "perplexity, divergence, greedy agreement, signal to noise of formats",
         "tune": "the formats of each layer that lose least for a budget of bits",
-    }
+    },
+    "bench": {
+        "throughput": "requests per second of a data set, some requests at a time",
+        "latency": "static batches: a grid of batch, prompt and output lengths",
+        "attention": "the pages of each format against the bandwidth of memory, and torch",
+        "linear": "linear layers against the bandwidth of memory and the peak of arithmetic",
+    },
 }
 
 _USAGE = f"""usage: kvant COMMAND [options]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvant.errors import ConfigError
+from kvant.figure import COLOURS, MARKERS, new_figure, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,35 +14,19 @@ if TYPE_CHECKING:
 
     from kvant.eval.fidelity import FidelityRow
 
-__all__ = ["check_plot", "plot"]
+__all__ = ["plot"]
 
-_KINDS = (".png", ".svg", ".pdf")
-_MARKERS = "os^Dv"
-_COLOURS = ("#1f6feb", "#d9730d", "#2da44e", "#8250df", "#57606a")
 # Where a label may stand relative to its point, in points; the first free place is taken.
 _PLACES = (
     (8, 0), (8, -13), (8, 13), (-8, 0), (-8, -13), (-8, 13), (0, 13), (0, -13), (8, -26), (8, 26)
 )  # fmt: skip
 
 
-def check_plot(path: Path) -> None:
-    """Raise ConfigError if :func:`plot` could not make this file for want of matplotlib or of a
-    known kind of picture."""
-    if path.suffix.lower() not in _KINDS:
-        raise ConfigError(f"plot={str(path)!r} must end in {', '.join(_KINDS)}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ConfigError("a plot needs matplotlib; run: pip install matplotlib") from None
-
-
 def plot(rows: Sequence[FidelityRow], path: Path, *, model: str) -> None:
     """Write a picture of mean KL divergence (log scale) against bits per element: a point for
     each format, a marker for each context length. Formats without any divergence are left out,
     the baseline among them."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.2), dpi=160, layout="constrained")
+    figure = new_figure(7, 4.2)
     axes = figure.add_subplot()
     shown = [row for row in rows if row.kld is not None and row.kld > 0]
     contexts = list(dict.fromkeys(row.ctx for row in rows))
@@ -51,8 +35,8 @@ def plot(rows: Sequence[FidelityRow], path: Path, *, model: str) -> None:
         axes.plot(
             [row.bits_per_element for row in points],
             [row.kld or 0 for row in points],
-            _MARKERS[index % len(_MARKERS)],
-            color=_COLOURS[index % len(_COLOURS)],
+            MARKERS[index % len(MARKERS)],
+            color=COLOURS[index % len(COLOURS)],
             markersize=7,
             markeredgecolor="white",
             markeredgewidth=0.8,
@@ -62,10 +46,7 @@ def plot(rows: Sequence[FidelityRow], path: Path, *, model: str) -> None:
     axes.margins(x=0.12, y=0.12)
     axes.set_xlabel("bits per KV element, metadata included")
     axes.set_ylabel(f"mean KL divergence from {rows[0].label}, nats")
-    axes.set_title(f"{model}: fidelity of KV cache formats", loc="left", fontsize=11)
-    axes.grid(visible=True, color="#e4e7eb", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes, f"{model}: fidelity of KV cache formats")
     if len(contexts) > 1:
         axes.legend(frameon=False, title="context", alignment="left")
     figure.draw_without_rendering()  # places the axes, which labels are measured against
