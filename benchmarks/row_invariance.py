@@ -3,7 +3,7 @@
     python benchmarks/row_invariance.py --output benchmarks/results/row-invariance-DATE.json
 
 For each dtype: the numbers M of rows for which some row of F.linear, computed M at a time, differs
-from the same row computed with 8192. The decoder pads small batches accordingly.
+from the same row computed with 8192. kvant.models.ops.TorchLinear pads small batches accordingly.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """vLLM's CPU backend as a worker of ``throughput.py``, in the worker's own process.
 
-KV types: ``auto`` (bfloat16, as the weights), ``fp8_e4m3``, ``fp8_e5m2``.
+KV types: ``auto`` (bfloat16), ``fp8_e4m3``, ``fp8_e5m2``. Weights: ``bf16``, ``int8`` (W8A8: a
+scale for each output channel, activations quantized by token), ``int4`` (W4A16 in groups of 32).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from throughput_worker import Ids, Worker, options, serve
 parser = options(__doc__)
 parser.add_argument("--chunk", type=int, default=2048, help="most tokens of a step")
 parser.add_argument("--cache", type=int, default=2, help="GiB of the KV cache")
+parser.add_argument("--bind", default="nobind", help="VLLM_CPU_OMP_THREADS_BIND")
 parser.add_argument("--eager", action="store_true", help="without torch.compile")
 args = parser.parse_args()
 
@@ -20,7 +22,7 @@ os.environ |= {
     "OMP_NUM_THREADS": str(args.threads),
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": str(args.cache),
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_OMP_THREADS_BIND": args.bind,
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
@@ -28,9 +30,10 @@ os.environ |= {
 
 def start() -> Worker:
     from vllm import LLM, SamplingParams
+    from vllm.platforms import current_platform
 
     llm = LLM(
-        str(args.data / "hf"),
+        str(args.data / ("hf" if args.weights == "bf16" else f"hf-{args.weights}")),
         dtype="bfloat16",
         kv_cache_dtype=args.kv,
         max_model_len=args.tokens,
@@ -48,8 +51,9 @@ def start() -> Worker:
         return [list(each.outputs[0].token_ids) for each in found]
 
     how = "eager" if args.eager else "compiled"
-    about = f"{how}, chunks of {args.chunk}"
-    return Worker({args.kv: run}, version("vllm-cpu"), "bf16", about)
+    zen = ", zentorch" if current_platform.is_zen_cpu() else ""
+    about = f"{how}, chunks of {args.chunk}{zen}"
+    return Worker({f"{args.weights}/{args.kv}": run}, version("vllm-cpu"), about)
 
 
 serve(start)

@@ -1,9 +1,9 @@
 """One engine that waits for work: what the throughput scripts of all engines share. Only stdlib.
 
 ``throughput.py`` starts them, one process for each row (kvant: one for all its rows). A worker
-loads its model, says what it is in a line of JSON, then answers each line ``{"kv", "prompts",
-"new"}`` with ``{"seconds", "tokens"}``: the time from all prompts to all answers, and the answers'
-token ids. Between lines it sleeps.
+loads its model, says what it is and which rows it has in a line of JSON, then answers each line
+``{"row", "prompts", "new"}`` with ``{"seconds", "tokens"}``: the time from all prompts to all
+answers, and the answers' token ids. Between lines it sleeps. Rows are named ``WEIGHTS/KV``.
 """
 
 from __future__ import annotations
@@ -23,18 +23,20 @@ Run = Callable[[Ids, int], Ids]
 
 
 class Worker(NamedTuple):
-    """``runs`` by KV format. ``about``: what the row says of the engine."""
+    """``runs`` by row. ``about``: what rows say of the engine."""
 
     runs: dict[str, Run]
     version: str
-    weights: str
     about: str
 
 
-def options(description: str | None) -> argparse.ArgumentParser:
+def options(description: str | None, formats: bool = True) -> argparse.ArgumentParser:
+    """Options of a worker, with those of its one row or without."""
     out = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     out.add_argument("--data", type=Path, required=True, help="the folder prepare.py made")
-    out.add_argument("--kv", required=True, help="the KV format")
+    if formats:
+        out.add_argument("--weights", required=True)
+        out.add_argument("--kv", required=True)
     out.add_argument("--requests", type=int, required=True, help="most prompts at a time")
     out.add_argument("--tokens", type=int, required=True, help="longest sequence")
     out.add_argument("--threads", type=int, default=2)
@@ -50,9 +52,9 @@ def serve(start: Callable[[], Worker]) -> None:
     def say(**facts: object) -> None:
         print(json.dumps(facts), file=answers, flush=True)
 
-    say(version=worker.version, weights=worker.weights, about=worker.about)
+    say(rows=list(worker.runs), version=worker.version, about=worker.about)
     for line in sys.stdin:
         work = json.loads(line)
         began = time.perf_counter()
-        tokens = worker.runs[work["kv"]](work["prompts"], work["new"])
+        tokens = worker.runs[work["row"]](work["prompts"], work["new"])
         say(seconds=time.perf_counter() - began, tokens=tokens)
