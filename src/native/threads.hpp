@@ -3,7 +3,6 @@
 #pragma once
 
 #include <omp.h>
-#include <sched.h>
 
 #include <algorithm>
 #include <atomic>
@@ -23,7 +22,8 @@ inline int useful_threads(int64_t count, int64_t cost, int threads) {
 }
 
 // Threads that stay together for many short pieces of work: OpenMP takes microseconds to begin and
-// to end a parallel region, a team takes a tenth of that to hand out a piece.
+// to end a parallel region, a team takes a tenth of that to hand out a piece. Who comes late, as its
+// core does something else, finds a piece closed and is not waited for.
 class Team {
    public:
     explicit Team(int threads) : threads_(threads) {}
@@ -40,7 +40,6 @@ class Team {
         std::exception_ptr failure;
 #pragma omp parallel num_threads(threads_)
         if (omp_get_thread_num() == 0) {
-            size_ = omp_get_num_threads();  // OpenMP may give fewer than it is asked for
             current_ = this;
             try {
                 lead();
@@ -48,20 +47,21 @@ class Team {
                 failure = std::current_exception();
             }
             current_ = nullptr;
-            hand_out({});
+            open({});
         } else {
             follow(omp_get_thread_num());
         }
         if (failure) std::rethrow_exception(failure);
     }
 
-    // Run work(thread), which must not throw, on each thread.
+    // Run work(thread), which must not throw, on this thread and on others that come in time: it
+    // takes what there is to do from a common list until that is empty.
     template <typename Work> void share(const Work& work) {
-        busy_.store(size_ - 1, std::memory_order_relaxed);
-        hand_out({[](const void* what, int thread) { (*static_cast<const Work*>(what))(thread); },
-                  &work});
+        open({[](const void* what, int thread) { (*static_cast<const Work*>(what))(thread); },
+              &work});
         work(0);
-        wait([&] { return busy_.load(std::memory_order_acquire) == 0; });
+        state_.fetch_and(~kOpen, std::memory_order_acq_rel);
+        await([](uint32_t state) { return (state & kActive) == 0; });
     }
 
    private:
@@ -69,24 +69,37 @@ class Team {
         void (*call)(const void*, int);  // null: the end
         const void* work;
     };
+    // state_: the number of the piece, whether one may still begin with it, and how many are at it.
+    static constexpr uint32_t kActive = (1 << 10) - 1, kOpen = 1 << 10, kNumber = ~(2 * kOpen - 1);
 
-    void hand_out(Piece piece) {
+    // Nobody is at a piece when this is called.
+    void open(Piece piece) {
         piece_ = piece;
-        number_.fetch_add(1, std::memory_order_release);
+        const uint32_t before = state_.load(std::memory_order_relaxed);
+        state_.store(((before & kNumber) + 2 * kOpen) | kOpen, std::memory_order_release);
+        state_.notify_all();
     }
     void follow(int thread) {
-        for (int64_t seen = 0;; ++seen) {
-            wait([&] { return number_.load(std::memory_order_acquire) != seen; });
-            if (!piece_.call) return;
-            piece_.call(piece_.work, thread);
-            busy_.fetch_sub(1, std::memory_order_release);
+        for (uint32_t seen = 0;;) {
+            uint32_t state = await([&](uint32_t now) { return (now & kNumber) != seen; });
+            seen = state & kNumber;
+            while ((state & kOpen) && (state & kNumber) == seen)
+                if (state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel)) {
+                    if (!piece_.call) return;
+                    piece_.call(piece_.work, thread);
+                    state_.fetch_sub(1, std::memory_order_acq_rel);
+                    state_.notify_all();
+                    break;
+                }
         }
     }
-    // Turn for some 20 microseconds, then let others have the core.
-    template <typename Ready> static void wait(const Ready& ready) {
-        for (int turns = 0; !ready(); ++turns) {
+    // The state once it is `ready`; turns for some 20 microseconds, then sleeps.
+    template <typename Ready> uint32_t await(const Ready& ready) {
+        for (int turns = 0;; ++turns) {
+            const uint32_t state = state_.load(std::memory_order_acquire);
+            if (ready(state)) return state;
             if (turns > 1000) {
-                sched_yield();
+                state_.wait(state, std::memory_order_acquire);
             } else {
                 pause();
             }
@@ -99,10 +112,9 @@ class Team {
     }
 
     static inline thread_local Team* current_ = nullptr;
-    int threads_, size_ = 1;
+    int threads_;
     Piece piece_{};
-    alignas(64) std::atomic<int64_t> number_{0};
-    alignas(64) std::atomic<int> busy_{0};
+    alignas(64) std::atomic<uint32_t> state_{0};
 };
 
 // Run body(index, thread) for all indices below `count`, in the order of their numbers.
