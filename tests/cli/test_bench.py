@@ -52,7 +52,7 @@ def bench(run: Run, *words: str) -> dict[str, Any]:
     done = run("bench", *words, "--json")
     assert (done.code, done.err) == (0, ""), done
     found: dict[str, Any] = json.loads(done.out)
-    assert set(found["machine"]) == MACHINE and found["command"].startswith("kvant ")
+    assert set(found["machine"]) == MACHINE and found["command"].startswith("kvant")
     return found
 
 
