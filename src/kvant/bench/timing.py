@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
-
-from kvant.errors import ConfigError
 
 __all__ = [
     "Call",
@@ -24,7 +20,6 @@ __all__ = [
     "interleaved",
     "percent",
     "seconds",
-    "use_threads",
 ]
 
 Call = Callable[[], Any]
@@ -39,22 +34,6 @@ _READ_BYTES = 2**28
 """Read for the ceiling of bandwidth: more than any cache holds."""
 _SIDE = 2048
 """Of the square matrices that are multiplied for the ceilings of arithmetic."""
-
-
-def use_threads(count: int | None) -> int:
-    """Have torch compute on so many threads, numpy's BLAS on the calling one, as in an engine; by
-    default torch's number, which is returned.
-
-    Raises:
-        ConfigError: there are fewer cores.
-    """
-    cores = os.cpu_count() or 1
-    if count is not None and count > cores:
-        raise ConfigError(f"num_threads={count} exceeds the {cores} cores of this machine")
-    if count is not None:
-        torch.set_num_threads(count)
-    threadpool_limits(limits=1, user_api="blas")
-    return torch.get_num_threads()
 
 
 def seconds(call: Call, passes: int = 1) -> float:

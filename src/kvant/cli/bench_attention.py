@@ -84,12 +84,12 @@ def run(options: Namespace) -> int:
     opened = None if options.model is None else measuring.find_model(options, config)
     import_engine()
     from kvant.bench.attention import Plan
-    from kvant.bench.timing import use_threads
+    from kvant.engine.load import share_cores
 
     plan = Plan(
         specs=specs,
         backend=options.backend,
-        threads=use_threads(options.num_threads),
+        threads=share_cores(options.num_threads),
         batches=lists["batch"],
         contexts=lists["contexts"],
         repeats=options.repeats,

@@ -58,9 +58,10 @@ def run(options: Namespace) -> int:
     opened = None if options.model is None else measuring.find_model(options, config)
     import_engine()
     from kvant.bench.linear import Shape, choose_kinds, measure_linear, model_shapes
-    from kvant.bench.timing import Ceilings, use_threads
+    from kvant.bench.timing import Ceilings
+    from kvant.engine.load import share_cores
 
-    threads = use_threads(options.num_threads)
+    threads = share_cores(options.num_threads)
     kinds = choose_kinds(
         [name.strip() for name in (options.kinds or "").split(",") if name], threads
     )

@@ -34,6 +34,7 @@ __all__ = [
     "load_model",
     "open_checkpoint",
     "open_model",
+    "share_cores",
     "start_model",
 ]
 
@@ -109,16 +110,21 @@ def _session_len(config: EngineConfig, model: DecoderConfig, cache: CacheSize) -
     return config.session_len
 
 
-def _share_cores(num_threads: int | None) -> None:
+def share_cores(num_threads: int | None) -> int:
     """One pool of busy threads for the process: torch's OpenMP, which the cpu backend works on
     too. numpy's BLAS, which the reference backend uses for small products, keeps to the calling
-    thread."""
+    thread. Returns the number of threads, by default torch's.
+
+    Raises:
+        ConfigError: there are fewer cores.
+    """
     cores = os.cpu_count() or 1
     if num_threads is not None and num_threads > cores:
         raise ConfigError(f"num_threads={num_threads} exceeds the {cores} cores of this machine")
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     threadpool_limits(limits=1, user_api="blas")
+    return torch.get_num_threads()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,7 +166,7 @@ def _ops(config: EngineConfig) -> Ops:
 def open_model(name: str, config: EngineConfig) -> OpenModel:
     """The first part of :func:`load_model`: whatever can be refused before weights are read."""
     check_backend(config.backend)
-    _share_cores(config.num_threads)
+    share_cores(config.num_threads)
     path = resolve_model(name, revision=config.revision, download_dir=config.download_dir)
     checkpoint = open_checkpoint(path)
     model = checkpoint.config
