@@ -52,7 +52,7 @@ def steps(model: str, backend: str) -> dict[str, Any]:
     loaded.engine._model.forward = timed
     gen = GenerationConfig(max_new_tokens=NEW, ignore_eos=True)
     prompts = [[seed * 100 + i for i in range(PROMPT)] for seed in range(1, SEQUENCES + 1)]
-    pipe.run([pipe.generate_request(ids, gen) for ids in prompts])
+    pipe.run([r for ids in prompts for r in pipe.generate_requests(ids, gen)])
     threads = len(list(Path("/proc/self/task").iterdir()))
     pipe.close()
     return {"step_ms": statistics.median(times) * 1e3, "os_threads": threads}

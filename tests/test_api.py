@@ -152,7 +152,7 @@ def test_failures_are_not_mistaken_for_a_perfect_score(
 
 def test_a_forgotten_pipeline_gives_its_memory_back(tiny: str) -> None:
     pipe = pipeline(tiny, EngineConfig(kv_tokens=256))
-    worker = weakref.ref(pipe._worker)
+    worker = weakref.ref(pipe.worker)
     del pipe
     gc.collect()
     assert worker() is None
@@ -217,7 +217,7 @@ def test_ppl_is_the_mean_loss_of_the_logits(pipe: Pipeline) -> None:
 def test_leaving_a_stream_frees_its_pages(pipe: Pipeline) -> None:
     next(iter(pipe.stream_infer("hello", GenerationConfig(max_new_tokens=500))))
     assert infer(pipe, "hello").finish_reason == "length"
-    assert pipe._worker.call(lambda engine: engine.stats()).pages_held == 0
+    assert pipe.worker.call(lambda engine: engine.stats()).pages_held == 0
 
 
 def test_threads_share_a_pipeline(pipe: Pipeline) -> None:

@@ -23,7 +23,7 @@ ROOT = Path(kvant.__file__).parent
 # Lowest first. A unit (a folder or module of kvant) imports itself and units of lower rows.
 ROWS = (
     ("errors", "machine", "memory"),
-    ("figure",),
+    ("figure", "client"),
     ("formats",),
     ("cache",),
     ("kernels",),

@@ -6,13 +6,18 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from kvant import EngineConfig, pipeline
+from kvant.client import DEFAULT_URL
 from kvant.errors import ModelError
 from kvant.loading.resolve import resolve_model
+from tests.server.conftest import serving
 
+MODEL = "smollm2-135m"
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
 
@@ -22,7 +27,7 @@ def _blocks(language: str) -> list[str]:
 
 def _run(command: list[str]) -> str:
     try:
-        resolve_model("smollm2-135m")
+        resolve_model(MODEL)
     except ModelError as error:
         pytest.skip(str(error))
     done = subprocess.run(
@@ -32,9 +37,17 @@ def _run(command: list[str]) -> str:
     return done.stdout
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with serving(pipeline(MODEL, EngineConfig(kv_tokens=4096)), model_name=MODEL) as served:
+        yield served.url
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("code", _blocks("python"))
-def test_python_blocks_run(code: str) -> None:
+def test_python_blocks_run(code: str, request: pytest.FixtureRequest) -> None:
+    if DEFAULT_URL in code:
+        code = code.replace(DEFAULT_URL, request.getfixturevalue("server"))
     assert len(_run([sys.executable, "-c", code]).split()) > 10
 
 

@@ -36,7 +36,7 @@ def rows(text: str) -> Iterator[tuple[str, KVSpec]]:
 def runner(pipe: Pipeline) -> Run:
     def run(prompts: Ids, new: int) -> Ids:
         gen = GenerationConfig(max_new_tokens=new, ignore_eos=True)
-        responses = pipe.run([pipe.generate_request(ids, gen) for ids in prompts])
+        responses = pipe.run([r for ids in prompts for r in pipe.generate_requests(ids, gen)])
         return [response.token_ids for response in responses]
 
     return run

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvant.config import EngineConfig, GenerationConfig
+from kvant.engine.guide import GuideFactory, GuideLimits
 from kvant.engine.text import TextStream
 from kvant.engine.worker import EngineWorker, Stream
 from kvant.errors import ConfigError, KvantError, RequestError
@@ -104,20 +105,27 @@ class _Logits:
 class Pipeline:
     """A model that answers. Made by :func:`pipeline`; use as a context manager or ``close()``."""
 
-    def __init__(self, model: LoadedModel, *, chat_template: str | None = None) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        *,
+        chat_template: str | None = None,
+        guide_limits: GuideLimits | None = None,
+    ) -> None:
         self.model = model
         self.tokenizer = model.tokenizer
-        self._chat = self.tokenizer.chat
+        self.chat_template = self.tokenizer.chat
         if chat_template is not None:
             token = self.tokenizer.token_text
             bos = "" if self.tokenizer.bos_id is None else token(self.tokenizer.bos_id)
             eos = token(self.tokenizer.eos_ids[0]) if self.tokenizer.eos_ids else ""
-            self._chat = ChatTemplate(chat_template, bos, eos)
-            self._chat.check()
-        self._worker = EngineWorker(model.engine)
+            self.chat_template = ChatTemplate(chat_template, bos, eos)
+            self.chat_template.check()
+        self.worker = EngineWorker(model.engine)
+        self.guides = GuideFactory(self.tokenizer, model.config.vocab_size, guide_limits)
         # Who forgets to close a pipeline should not keep its memory. The thread and its worker
         # know nothing of the pipeline, so it can be collected.
-        weakref.finalize(self, self._worker.close)
+        weakref.finalize(self, self.worker.close)
 
     def infer(
         self,
@@ -181,7 +189,7 @@ class Pipeline:
         _refuse_logits([request])
         response = whole if whole is not None else Response()
         response.input_token_len = request.num_prompt
-        async for output in Stream(self._worker, request):
+        async for output in Stream(self.worker, request):
             response.cached_tokens = request.cached_tokens
             yield response._add(output)
 
@@ -248,7 +256,7 @@ class Pipeline:
         position. Run it with :meth:`run`."""
         self.model.engine.validate(ids, generate=False)
         return Request(
-            id=self._worker.new_id(),
+            id=self.worker.new_id(),
             tokens=list(ids),
             num_prompt=len(ids),
             gen=GenerationConfig(output_logits="all"),
@@ -256,11 +264,23 @@ class Pipeline:
             logits_sink=sink,
         )
 
-    def generate_request(self, ids: Sequence[int], gen: GenerationConfig) -> Request:
-        """A request that continues token ids; ``gen.n`` is not heeded. Run it with :meth:`run`."""
+    def generate_requests(self, ids: Sequence[int], gen: GenerationConfig) -> list[Request]:
+        """``gen.n`` requests that continue token ids and share the pages of these, for
+        :meth:`run` or :attr:`worker`.
+
+        Raises:
+            RequestError: the ids are none, too many or unknown, or one of ``gen`` is unknown, or
+                its ``response_format`` cannot be followed.
+        """
         self._check_token_ids(gen)
         self.model.engine.validate(ids)
-        return self._request(list(ids), gen, 0, None)
+        bad_sequences = self._bad_sequences(gen)
+        requests: list[Request] = []
+        for number, guide in enumerate(self.guides.make(gen)):
+            request = self._request(list(ids), gen, number, requests[0] if requests else None)
+            request.bad_sequences, request.guide = bad_sequences, guide
+            requests.append(request)
+        return requests
 
     def run(self, requests: list[Request]) -> list[Response]:
         """Run requests to their end; a response for each.
@@ -278,7 +298,7 @@ class Pipeline:
 
     def close(self) -> None:
         """Abort what runs and stop the engine. Safe to repeat."""
-        self._worker.close()
+        self.worker.close()
 
     def __enter__(self) -> Pipeline:
         return self
@@ -298,7 +318,7 @@ class Pipeline:
         Raises:
             RequestError: the prompt is empty, malformed or too long.
         """
-        ids = encode_prompt(self.tokenizer, prompt, self._chat, do_preprocess=do_preprocess)
+        ids = encode_prompt(self.tokenizer, prompt, self.chat_template, do_preprocess=do_preprocess)
         self.model.engine.validate(ids)
         return ids
 
@@ -322,15 +342,10 @@ class Pipeline:
         for prompt, gen in zip(batch, configs, strict=True):
             if not isinstance(gen, GenerationConfig):
                 raise RequestError(f"gen_config={gen!r} must be a GenerationConfig")
-            self._check_token_ids(gen)
-            ids = self.prompt_ids(prompt, do_preprocess=do_preprocess)
-            bad_sequences = self._bad_sequences(gen)
-            leader: Request | None = None
-            for number in range(gen.n):
-                request = self._request(ids, gen, number, leader)
-                request.bad_sequences = bad_sequences
-                leader = leader or request
-                requests.append(request)
+            ids = encode_prompt(
+                self.tokenizer, prompt, self.chat_template, do_preprocess=do_preprocess
+            )
+            requests += self.generate_requests(ids, gen)
         return requests
 
     def _request(
@@ -340,7 +355,7 @@ class Pipeline:
         size = self.model.config.vocab_size
         eos = () if gen.ignore_eos else (i for i in self.tokenizer.eos_ids if i < size)
         return Request(
-            id=self._worker.new_id(),
+            id=self.worker.new_id(),
             tokens=list(ids),
             num_prompt=len(ids),
             gen=gen,
@@ -360,7 +375,7 @@ class Pipeline:
 
     def _check_token_ids(self, gen: GenerationConfig) -> None:
         size = self.model.config.vocab_size
-        for name in ("stop_token_ids", "bad_token_ids"):
+        for name in ("stop_token_ids", "bad_token_ids", "logit_bias"):
             for token in getattr(gen, name) or ():
                 if not 0 <= token < size:
                     raise RequestError(
@@ -391,7 +406,7 @@ class Pipeline:
         arrived: queue.SimpleQueue[tuple[int, Output]] = queue.SimpleQueue()
         for index, request in enumerate(requests):
             request.deliver = partial(_put, arrived, index)
-        self._worker.submit(requests)
+        self.worker.submit(requests)
         running = dict(enumerate(requests))
         try:
             while running:
@@ -402,7 +417,7 @@ class Pipeline:
                 yield index, responses[index]._add(output)
         finally:
             for request in running.values():
-                self._worker.abort(request)
+                self.worker.abort(request)
 
 
 def encode_prompt(
@@ -477,6 +492,7 @@ def pipeline(
     backend_config: EngineConfig | None = None,
     *,
     chat_template: str | None = None,
+    guide_limits: GuideLimits | None = None,
     on_load: Callable[[int, int], None] | None = None,
 ) -> Pipeline:
     """Load a model and return a :class:`Pipeline`.
@@ -487,6 +503,7 @@ def pipeline(
         model_path: a local folder or GGUF file, a packaged model (``smollm2-135m``) or a hub name.
         backend_config: the engine's options.
         chat_template: a Jinja template to use instead of the model's.
+        guide_limits: what a ``response_format`` may cost.
         on_load: called with (layers read, layers in all) while loading.
 
     Raises:
@@ -498,4 +515,4 @@ def pipeline(
     from kvant.engine.load import load_model
 
     model = load_model(model_path, backend_config or EngineConfig(), on_load)
-    return Pipeline(model, chat_template=chat_template)
+    return Pipeline(model, chat_template=chat_template, guide_limits=guide_limits)

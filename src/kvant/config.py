@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -150,9 +150,11 @@ class EngineConfig:
 class GenerationConfig:
     """How to generate. Greedy unless ``do_sample``.
 
-    Order: penalties, banned tokens, temperature, top-k, top-p, min-p. Log-probabilities are the
-    model's own, before all of these. ``stop_words`` may span several tokens. With
-    ``output_logits`` "all" the response carries the logits at every prompt position too.
+    Order: penalties, ``logit_bias``, banned tokens and ``response_format``, temperature, top-k,
+    top-p, min-p. Log-probabilities are the model's own, before all of these. ``stop_words`` may
+    span several tokens. What follows a complete ``response_format`` is not generated, also with
+    ``ignore_eos``. With ``output_logits`` "all" the response carries the logits at every prompt
+    position too.
 
     Raises:
         RequestError: an unknown option or a value out of range.
@@ -177,6 +179,14 @@ class GenerationConfig:
         None, "words whose token sequences, at the start of a text and after a space, are banned"
     )
     bad_token_ids: Sequence[int] | None = option(None, "tokens never to generate")
+    logit_bias: Mapping[int, float] | None = option(
+        None, "JSON object from token id to what is added to its logit, -100 to 100"
+    )
+    response_format: Mapping[str, Any] | None = option(
+        None,
+        'what the text must be, as {"type": "json_object"}; types: text, json_object, json_schema, '
+        "regex (regex_schema), choice, grammar",
+    )
     skip_special_tokens: bool = option(True, "leave special tokens out of the text")
     include_stop_str_in_output: bool = option(False, "keep the stop word in the text")
     logprobs: int | None = option(None, "log-probabilities of this many tokens per position")
@@ -209,12 +219,27 @@ class GenerationConfig:
             )
         for name in ("stop_words", "bad_words", "stop_token_ids", "bad_token_ids"):
             _check_list(name, getattr(self, name), str if name.endswith("words") else int)
+        _check_bias(self.logit_bias)
+        _check_format(self.response_format)
 
     @property
     def greedy(self) -> bool:
         """Whether the most likely token is taken."""
         return not self.do_sample or self.temperature == 0 or self.top_k == 1
 
+
+_MOST_BIASES = 1024
+
+# What a response format of each type has beside its type.
+_FORMATS: Mapping[str, tuple[str, ...]] = {
+    "text": (),
+    "json_object": (),
+    "json_schema": ("json_schema",),
+    "regex_schema": ("regex_schema",),
+    "regex": ("regex",),
+    "choice": ("choice",),
+    "grammar": ("grammar",),
+}
 
 _INTEGERS = {"n", "max_new_tokens", "min_new_tokens", "top_k", "logprobs"}
 
@@ -236,3 +261,61 @@ def _check_list(name: str, values: Any, kind: type) -> None:
     wrong = isinstance(values, str) or not isinstance(values, Collection)
     if wrong or not all(isinstance(v, kind) and v != "" for v in values):
         raise RequestError(f"{name}={values!r} must be a list of non-empty {kind.__name__}s")
+
+
+def _check_bias(bias: Any) -> None:
+    if bias is None:
+        return
+    if not isinstance(bias, Mapping) or not all(type(token) is int for token in bias):
+        raise RequestError("logit_bias must map token ids, whole numbers, to numbers")
+    if len(bias) > _MOST_BIASES:
+        raise RequestError(
+            f"logit_bias has {len(bias)} entries, and the limit is {_MOST_BIASES}; give fewer"
+        )
+    for token, value in bias.items():
+        _check_range(f"logit_bias of token {token}", value, -100, 100)
+
+
+def _check_format(form: Any) -> None:
+    if form is None:
+        return
+    if not isinstance(form, Mapping) or not isinstance(form.get("type"), str):
+        raise RequestError('response_format must be an object with a type, as {"type": "text"}')
+    kind = form["type"]
+    if kind not in _FORMATS:
+        raise RequestError(
+            f'response_format.type "{kind}" is unknown{did_you_mean(kind, _FORMATS)} '
+            f"Types: {', '.join(_FORMATS)}"
+        )
+    fields = _FORMATS[kind]
+    for name in fields:
+        if name not in form:
+            raise RequestError(f"response_format of type {kind} needs the field {name}")
+    _refuse_others(form, {"type", *fields}, "response_format")
+    if kind == "json_schema":
+        _check_schema(form[kind])
+    elif kind == "choice":
+        _check_list("response_format.choice", form[kind], str)
+        if not form[kind]:
+            raise RequestError("response_format.choice is empty; give at least one text")
+    elif fields and (not isinstance(form[kind], str) or not form[kind]):
+        raise RequestError(f"response_format.{kind} must be a text that is not empty")
+
+
+def _check_schema(wanted: Any) -> None:
+    if not isinstance(wanted, Mapping) or not isinstance(wanted.get("schema"), Mapping):
+        raise RequestError(
+            'response_format.json_schema must be an object like {"name": "x", "schema": {...}}'
+        )
+    _refuse_others(
+        wanted, {"name", "description", "schema", "strict"}, "response_format.json_schema"
+    )
+
+
+def _refuse_others(form: Mapping[str, Any], known: Collection[str], where: str) -> None:
+    for name in form:
+        if name not in known:
+            raise RequestError(
+                f'{where} has an unknown field "{name}"{did_you_mean(str(name), known)} '
+                f"Fields: {', '.join(sorted(known))}"
+            )

@@ -15,6 +15,7 @@ from kvant.cache.paged import Holding
 from kvant.config import GenerationConfig
 
 if TYPE_CHECKING:
+    from kvant.engine.guide import Guide
     from kvant.engine.text import TextStream
 
 __all__ = ["FinishReason", "LogitsSink", "Output", "Request", "Status"]
@@ -71,6 +72,7 @@ class Request:
     seed: int = 0
     text: TextStream | None = None
     logits_sink: LogitsSink | None = None
+    guide: Guide | None = None
     leader: Request | None = None
 
     status: Status = Status.WAITING
@@ -78,6 +80,10 @@ class Request:
     holding: Holding = field(default_factory=Holding)
     cached_tokens: int = 0
     num_preemptions: int = 0
+    submitted: float = 0.0
+    """When the engine got it, in seconds of ``time.perf_counter``."""
+    started: float | None = None
+    """When the first step with it began."""
 
     counts: Counter[int] = field(init=False)
     """How often each token was generated."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvant.bench.workload import Dataset, Random, ShareGPT, Trace, Vocabulary, Work
+from kvant.bench.workload import Dataset, Random, ShareGPT, Trace, Vocabulary, Words, Work
 from kvant.errors import ConfigError, RequestError
 from kvant.loading.tokenizer import Tokenizer
 from tests.byte_model import VOCAB
@@ -219,3 +219,82 @@ def test_numbers_out_of_range(tmp_path: Path) -> None:
         Trace(write(tmp_path / "a.csv", AZURE), max_output_len=-1)
     with pytest.raises(ConfigError, match="output_len=0"):
         ShareGPT(tmp_path / "none.json", output_len=0)
+
+
+def test_arrivals_of_a_trace_are_those_of_the_requests_drawn(
+    vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    stamps = ["2023-11-16 18:15:46.5000000", "2023-11-16 18:15:46.7500000", "2023-11-16 18:16:00",
+              "2023-11-17 00:00:00"]  # fmt: skip
+    rows = "".join(f"{stamp},{9 + number},2\n" for number, stamp in enumerate(stamps))
+    path = write(tmp_path / "a.csv", f"TIMESTAMP,ContextTokens,GeneratedTokens\n{rows}")
+    seconds = [0, 0.25, 13.5, 20653.5]
+    trace = Trace(path, consecutive=True)
+    assert trace.arrivals(4, 0) == seconds
+    for seed in range(9):
+        first = lengths(trace.draw(2, vocabulary, seed))[0][0] - 9
+        assert lengths(trace.draw(2, vocabulary, seed)) == [(9 + first, 2), (10 + first, 2)]
+        assert trace.arrivals(2, seed) == [0, seconds[first + 1] - seconds[first]]
+
+
+def test_milliseconds_of_a_trace(tmp_path: Path) -> None:
+    rows = [{"timestamp": at, "input_length": 5, "output_length": 1} for at in (500, 500, 3500.5)]
+    path = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert Trace(path, consecutive=True).arrivals(3, 0) == [0, 0, 3.0005]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    (
+        ("a.csv", VIDUR, "the time stamp None is no date"),
+        ("a.csv", AZURE, "the time stamp '2023' is no date"),
+        ("a.jsonl", '{"timestamp": true, "input_length": 5, "output_length": 6}\n', "True"),
+        (
+            "a.jsonl",
+            '{"timestamp": 2, "input_length": 5, "output_length": 6}\n'
+            '{"timestamp": 1, "input_length": 5, "output_length": 6}\n',
+            "go backwards",
+        ),
+    ),
+)
+def test_traces_without_times(tmp_path: Path, name: str, text: str, said: str) -> None:
+    trace = Trace(write(tmp_path / name, text), consecutive=True)
+    count = text.count("\n") - (name == "a.csv")
+    with pytest.raises(RequestError, match=said):
+        trace.arrivals(count, 0)
+
+
+def test_prompts_that_are_sent_as_text_keep_their_lengths(
+    vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    tokenizer = vocabulary.tokenizer
+    spelled = Vocabulary(tokenizer, VOCAB, as_text=True)
+    trace = Trace(write(tmp_path / "a.csv", AZURE))
+    for dataset in (Random(input_len=50), trace):
+        for prompt, _ in dataset.draw(2, spelled, 0):
+            text = tokenizer.decode(prompt)
+            assert text.isalpha() and tokenizer.encode(text, add_special=False) == prompt
+
+
+def test_tokens_with_a_space_are_preferred() -> None:
+    texts = (" a", "b", " Cd", "1", " é", "<s>", " e ")
+
+    class Codec(Words):
+        vocab_size, special_ids = len(texts), frozenset({5})
+
+        def token_text(self, token_id: int) -> str:
+            return texts[token_id]
+
+    ids = Vocabulary(Codec(), 99, as_text=True).ordinary()
+    assert [texts[token] for token in ids] == [" a", " e "]
+
+
+def test_words_without_a_tokenizer() -> None:
+    words = Words()
+    ((prompt, output),) = Random(input_len=30, output_len=2).draw(
+        1, Vocabulary(words, words.vocab_size), 0
+    )
+    text = words.decode(prompt)
+    assert len(text.split()) == 30 and text.replace(" ", "").isalpha() and output == 2
+    with pytest.raises(ConfigError, match="give a tokenizer"):
+        words.encode(text)

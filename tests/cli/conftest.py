@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,3 +72,38 @@ def start(*words: str, **streams: int | IO[bytes]) -> subprocess.Popen[bytes]:
 def finish(process: subprocess.Popen[bytes], timeout: float = 60) -> Done:
     out, err = process.communicate(timeout=timeout)
     return Done(process.returncode, (out or b"").decode(), (err or b"").decode())
+
+
+class Terminal:
+    """The user's side of a pseudo-terminal."""
+
+    def __init__(self, *words: str) -> None:
+        self._end, theirs = pty.openpty()
+        self.process: subprocess.Popen[bytes] = start(
+            *words, stdin=theirs, stdout=theirs, stderr=theirs
+        )
+        os.close(theirs)
+        self.seen = ""
+
+    def wait_for(self, text: str, *, least: int = 0, timeout: float = 60) -> str:
+        """Read until ``text`` and ``least`` more characters; returns what came."""
+        came, end = "", time.monotonic() + timeout
+        while text not in came or len(came) < came.index(text) + len(text) + least:
+            assert time.monotonic() < end, came
+            if select.select([self._end], [], [], 0.5)[0]:
+                try:
+                    came += os.read(self._end, 4096).decode(errors="replace")
+                except OSError:  # the other side has gone
+                    break
+        return came
+
+    def say(self, text: str) -> None:
+        os.write(self._end, text.encode())
+
+    def leave(self) -> int:
+        try:
+            return self.process.wait(20)
+        finally:
+            self.process.kill()
+            self.process.wait()
+            os.close(self._end)

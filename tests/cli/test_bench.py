@@ -14,6 +14,7 @@ import pytest
 import kvant.bench.attention
 import kvant.bench.sdpa
 import kvant.bench.timing
+from tests.bench.fake_openai import FakeOpenAI, serve
 from tests.cli.conftest import Run, finish, start
 
 SMALL = ("--num-prompts", "5", "--concurrency", "2", "--input-len", "20", "--output-len", "3")
@@ -111,6 +112,9 @@ def test_documented_keys_are_those_that_are_emitted(run: Run, tiny: str) -> None
     words = ("--prompt", "512", "--model-repeats", "1", "--contexts", "128,192,1024,65536")
     measured = bench(run, "attention", tiny, *HEADS, *words, "--kv", "bf16,int4")["results"]
     assert keys(measured) == documented("attention")
+    with serve(FakeOpenAI(cached_tokens=1, plan=["ok", 429])) as server:
+        words = ("--url", server.url, "--num-prompts", "3", "--slo", "e2e:1")
+        assert keys(bench(run, "serving", *words)["results"]) == documented("serving")
 
 
 def test_the_table_of_throughput(run: Run, tiny: str) -> None:

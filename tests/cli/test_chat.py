@@ -1,11 +1,7 @@
 from __future__ import annotations
 
 import io
-import os
-import pty
-import select
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +10,7 @@ import pytest
 
 from kvant import EngineConfig, GenerationConfig, Pipeline, Session, pipeline
 from tests.byte_model import write_config, write_tokenizer, write_weights
-from tests.cli.conftest import Done, Run, start
+from tests.cli.conftest import Done, Run, Terminal
 
 SMALL = ("--kv-tokens", "512", "--max-new-tokens", "8")
 GEN = GenerationConfig(max_new_tokens=8)
@@ -126,41 +122,6 @@ def test_a_model_without_template_cannot_chat(
     write_tokenizer(tmp_path, template=None)
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
     run("chat", str(tmp_path), *SMALL).assert_error(3, "has no chat template", "kvant generate")
-
-
-class Terminal:
-    """The user's side of a pseudo-terminal."""
-
-    def __init__(self, *words: str) -> None:
-        self._end, theirs = pty.openpty()
-        self.process: subprocess.Popen[bytes] = start(
-            *words, stdin=theirs, stdout=theirs, stderr=theirs
-        )
-        os.close(theirs)
-        self.seen = ""
-
-    def wait_for(self, text: str, *, least: int = 0, timeout: float = 60) -> str:
-        """Read until ``text`` and ``least`` more characters; returns what came."""
-        came, end = "", time.monotonic() + timeout
-        while text not in came or len(came) < came.index(text) + len(text) + least:
-            assert time.monotonic() < end, came
-            if select.select([self._end], [], [], 0.5)[0]:
-                try:
-                    came += os.read(self._end, 4096).decode(errors="replace")
-                except OSError:  # the other side has gone
-                    break
-        return came
-
-    def say(self, text: str) -> None:
-        os.write(self._end, text.encode())
-
-    def leave(self) -> int:
-        try:
-            return self.process.wait(20)
-        finally:
-            self.process.kill()
-            self.process.wait()
-            os.close(self._end)
 
 
 def test_ctrl_c_stops_an_answer_and_then_the_program(tiny: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 from kvant.cli import generate, info
 from kvant.cli.options import Parser, read_options, split_specs
 from kvant.config import EngineConfig, GenerationConfig
-from kvant.errors import ConfigError
+from kvant.errors import ConfigError, KvantError
 from tests.cli.conftest import Run
 
 
@@ -170,3 +170,33 @@ def test_a_list_of_specs_that_hold_commas(text: str, specs: list[str]) -> None:
 def test_lists_that_are_none(text: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         split_specs(text)
+
+
+def test_options_that_are_json(parser: Parser) -> None:
+    words = (
+        "--response-format",
+        '{"type": "json_object"}',
+        "--logit_bias",
+        '{"42": -100, "7": 1.5}',
+    )
+    found = generation(parser, *words)
+    assert found.response_format == {"type": "json_object"}
+    assert found.logit_bias == {42: -100, 7: 1.5}
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    (
+        (("--response-format", "json"), "'json' is not JSON"),
+        (("--response-format", "[1]"), "not a JSON object"),
+        (("--response-format", '{"type": "xml"}'), 'type "xml" is unknown'),
+        (("--logit-bias", '{"the": 1}'), "keys of type int"),
+        (("--logit-bias", '{"1": "much"}'), "must be a number"),
+    ),
+)
+def test_what_is_not_the_json_that_is_wanted(
+    parser: Parser, words: tuple[str, ...], reason: str
+) -> None:
+    with pytest.raises(KvantError, match=reason) as error:
+        generation(parser, *words)
+    assert error.value.exit_code == 2

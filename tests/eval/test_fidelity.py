@@ -125,7 +125,9 @@ def test_greedy_texts_are_those_of_the_api(
         config = EngineConfig(dtype="float32", kv=kv, kv_tokens=1024)
         gen = GenerationConfig(max_new_tokens=12, ignore_eos=True)
         with pipeline(tiny, config) as pipe:
-            requests = [pipe.generate_request(ids[:100], gen) for ids in plan.windows[200]]
+            requests = [
+                r for ids in plan.windows[200] for r in pipe.generate_requests(ids[:100], gen)
+            ]
             texts[kv] = [response.token_ids for response in pipe.run(requests)]
     first = [
         next((i for i in range(12) if a[i] != b[i]), None)

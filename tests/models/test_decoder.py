@@ -85,11 +85,11 @@ def observe(pipe: Pipeline) -> tuple[list[NDArray[np.float32]], list[list[int]]]
 
     gen = GenerationConfig(max_new_tokens=12, ignore_eos=True)
     prompts = [random_ids(length, seed=length) for length in (1, 3, 64, 65, 150)]
-    requests = [pipe.generate_request(ids, gen) for ids in prompts]
+    requests = [r for ids in prompts for r in pipe.generate_requests(ids, gen)]
     requests.insert(2, pipe.score_request(random_ids(100, seed=7), sink))
     requests.insert(4, pipe.score_request(random_ids(33, seed=8), sink))
     responses = pipe.run(requests)
-    responses += pipe.run([pipe.generate_request(prompts[-1] + [5], gen)])
+    responses += pipe.run(pipe.generate_requests(prompts[-1] + [5], gen))
     return logits, [response.token_ids for response in responses]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +13,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_attention", "plot_latency", "plot_linear", "plot_throughput"]
+__all__ = ["plot_attention", "plot_latency", "plot_linear", "plot_serving", "plot_throughput"]
 
 Row = dict[str, Any]
 
 _LINES = ("-", "--", ":", "-.")
 _COLUMNS = 3
 _LATENCIES = {"ttft": "time to first token", "itl": "between tokens", "e2e": "whole request"}
+_PERCENTILES = ("median", "p90", "p99")
+_RATES = {
+    "offered_rate": "sent",
+    "request_throughput": "completed",
+    "goodput": "completed within the SLO",
+}
 
 
 def plot_throughput(rows: Sequence[Row], path: Path, *, title: str) -> None:
@@ -48,6 +54,36 @@ def plot_throughput(rows: Sequence[Row], path: Path, *, title: str) -> None:
         axes.set_xlabel("ms, median to p99")
         tidy(axes, about)
     figure.savefig(path)
+
+
+def plot_serving(rows: Sequence[Row], path: Path, *, title: str) -> None:
+    """Requests per second that were sent, completed and good, and percentiles of latencies, over
+    the request rate."""
+    figure = new_figure(13, 3.6)
+    first, *others = figure.subplots(1, 1 + len(_LATENCIES))
+    _curves(first, rows, _RATES)
+    first.set_ylabel("requests per second")
+    tidy(first, title)
+    for axes, (name, about) in zip(others, _LATENCIES.items(), strict=True):
+        _curves(axes, rows, {f"{each}_{name}_ms": each for each in _PERCENTILES})
+        axes.set_ylabel("ms")
+        tidy(axes, about)
+    figure.savefig(path)
+
+
+def _curves(axes: Axes, rows: Sequence[Row], names: Mapping[str, str]) -> None:
+    """A line for each key of rows that has values, over the request rate."""
+    for number, (key, name) in enumerate(names.items()):
+        points = [(at, row[key]) for at, row in enumerate(rows) if row[key] is not None]
+        if points:
+            places, values = zip(*points, strict=True)
+            axes.plot(places, values, f"{MARKERS[number]}-", color=COLOURS[number], label=name)
+    axes.set_xticks(range(len(rows)), [str(row["request_rate"] or "as logged") for row in rows])
+    axes.margins(x=0.1)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("requests per second asked for")
+    if axes.has_data():
+        axes.legend(frameon=False, fontsize=8)
 
 
 def plot_latency(rows: Sequence[Row], path: Path) -> None:

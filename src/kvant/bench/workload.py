@@ -4,8 +4,8 @@
     Random     lengths from ranges
     Trace      lengths that a service logged, prompts at random; with common beginnings if logged
 
-Making one reads and checks its file; :meth:`draw` makes requests for a tokenizer. The same seed
-gives the same requests.
+Making one reads and checks its file; :meth:`draw` makes requests for a tokenizer, or for
+:class:`Words` where there is none. The same seed gives the same requests.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import gzip
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -25,9 +27,8 @@ from numpy.typing import NDArray
 
 from kvant.bench.metrics import check_counts
 from kvant.errors import ConfigError, RequestError
-from kvant.loading.tokenizer import Tokenizer
 
-__all__ = ["Dataset", "Random", "ShareGPT", "Trace", "Vocabulary", "Work"]
+__all__ = ["Codec", "Dataset", "Random", "ShareGPT", "Trace", "Vocabulary", "Words", "Work"]
 
 # What LMDeploy's and vLLM's benchmarks keep of ShareGPT: at least 4 tokens of question and answer,
 # at most 1024 of question and 2048 of both.
@@ -39,6 +40,14 @@ _BLOCK = 512
 """Tokens that an id of ``hash_ids`` stands for."""
 
 
+_WORDS = """
+time year people way day man thing woman life child world school state family student group country
+problem hand part place case week company system program question work government number night point
+home water room mother area money story fact month lot right study book eye job word business issue
+side kind head house service friend father power hour game line end member law car city community
+"""
+
+
 class Work(NamedTuple):
     """One request: its prompt and how many tokens are generated."""
 
@@ -46,17 +55,59 @@ class Work(NamedTuple):
     output_len: int
 
 
+class Codec(Protocol):
+    """What data sets need of a tokenizer."""
+
+    vocab_size: int
+    special_ids: frozenset[int]
+
+    def encode(self, text: str, *, add_special: bool = True) -> list[int]: ...
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str: ...
+    def token_text(self, token_id: int) -> str: ...
+
+
+class Words:
+    """Stands in for a tokenizer that is not known: an id is a common word, which most models
+    have as one token."""
+
+    _LIST = _WORDS.split()
+
+    vocab_size = len(_LIST)
+    special_ids: frozenset[int] = frozenset()
+
+    def encode(self, text: str, *, add_special: bool = True) -> list[int]:  # noqa: ARG002
+        raise ConfigError("texts of this data set must be counted in tokens; give a tokenizer")
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:  # noqa: ARG002
+        return " ".join(self._LIST[token] for token in ids)
+
+    def token_text(self, token_id: int) -> str:
+        return f" {self._LIST[token_id]}"
+
+
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """The tokens of a model. ``size`` is that of its logits."""
+    """The tokens of a model. ``size`` is that of its logits. ``as_text``: random prompts will be
+    sent as text, so they are made of tokens that are whole words; others may become more or fewer
+    when they are read back."""
 
-    tokenizer: Tokenizer
+    tokenizer: Codec
     size: int
+    as_text: bool = False
 
     def ordinary(self) -> NDArray[np.int64]:
-        """All ids that are no special tokens."""
+        """The ids of random prompts: none of them a special token."""
         known = np.arange(min(self.size, self.tokenizer.vocab_size))
-        return np.setdiff1d(known, list(self.tokenizer.special_ids))
+        ids = np.setdiff1d(known, list(self.tokenizer.special_ids))
+        return self._words(ids) if self.as_text else ids
+
+    def _words(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Those that are a space and letters, or if there are none, letters."""
+        texts = [self.tokenizer.token_text(token) for token in ids.tolist()]
+        letters = np.array([text.isascii() and text.strip().isalpha() for text in texts], bool)
+        small = letters & np.array([text.islower() for text in texts], bool)
+        spaced = small & np.array([text.startswith(" ") for text in texts], bool)
+        return next((ids[chosen] for chosen in (spaced, small, letters) if chosen.any()), ids)
 
 
 class Dataset(Protocol):
@@ -151,7 +202,7 @@ class ShareGPT:
             )
         return drawn
 
-    def _work(self, tokenizer: Tokenizer, asked: str, said: str | None) -> Work | None:
+    def _work(self, tokenizer: Codec, asked: str, said: str | None) -> Work | None:
         prompt = tokenizer.encode(asked)
         if not _SHORTEST <= len(prompt) <= self._max_input:
             return None
@@ -163,10 +214,12 @@ class ShareGPT:
 
 
 class _Logged(NamedTuple):
-    """A request of a trace. Equal ``blocks`` are equal tokens."""
+    """A request of a trace. Equal ``blocks`` are equal tokens; ``stamp`` is when it came, as the
+    log has it."""
 
     input_len: int
     output_len: int
+    stamp: Any = None
     blocks: tuple[int, ...] = ()
 
 
@@ -179,7 +232,7 @@ class Trace:
     Lengths are cut to ``max_input_len`` and ``max_output_len``: that leaves the shorter ones, most
     of a trace, as they are, while dividing all by the same number would make them tiny. Requests
     are drawn without replacement; with hash_ids a run of consecutive ones is taken, as what
-    requests share is near in time.
+    requests share is near in time, and so it is if ``consecutive``, for :meth:`arrivals`.
 
     Raises:
         RequestError: the file cannot be read or is of another kind.
@@ -187,10 +240,15 @@ class Trace:
     """
 
     def __init__(
-        self, path: Path, *, max_input_len: int | None = None, max_output_len: int | None = None
+        self,
+        path: Path,
+        *,
+        max_input_len: int | None = None,
+        max_output_len: int | None = None,
+        consecutive: bool = False,
     ) -> None:
         check_counts(max_input_len=max_input_len, max_output_len=max_output_len)
-        self._path = path
+        self._path, self._consecutive = path, consecutive
         self._most = (max_input_len or math.inf, max_output_len or math.inf)
         readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows}
         suffix = Path(path.name.removesuffix(".gz")).suffix
@@ -201,6 +259,24 @@ class Trace:
             raise RequestError(f"the trace {path} has no requests; give another file")
 
     def draw(self, count: int, vocabulary: Vocabulary, seed: int) -> list[Work]:
+        chosen, ids = self._chosen(count, seed), vocabulary.ordinary()
+        return [self._work(self._rows[index], index, ids, seed) for index in chosen]
+
+    def arrivals(self, count: int, seed: int) -> list[float]:
+        """When the requests that :meth:`draw` makes came: seconds since the first of them.
+
+        Raises:
+            ConfigError: the trace has fewer requests.
+            RequestError: it has no time stamps (TIMESTAMP, a date, or timestamp, milliseconds)
+                or they go backwards.
+        """
+        times = [_seconds(self._path, self._rows[at].stamp) for at in self._chosen(count, seed)]
+        if any(later < sooner for sooner, later in pairwise(times)):
+            raise RequestError(f"the time stamps of the trace {self._path} go backwards; sort it")
+        return [time - times[0] for time in times]
+
+    def _chosen(self, count: int, seed: int) -> Sequence[int]:
+        """The rows to draw."""
         rows = self._rows
         if count > len(rows):
             raise ConfigError(
@@ -208,14 +284,10 @@ class Trace:
                 "lower it"
             )
         rng = np.random.default_rng(seed)
-        chosen: Iterable[int]
-        if rows[0].blocks:
+        if rows[0].blocks or self._consecutive:
             start = int(rng.integers(len(rows) - count, endpoint=True))
-            chosen = range(start, start + count)
-        else:
-            chosen = sorted(rng.choice(len(rows), count, replace=False).tolist())
-        ids = vocabulary.ordinary()
-        return [self._work(rows[index], index, ids, seed) for index in chosen]
+            return range(start, start + count)
+        return sorted(rng.choice(len(rows), count, replace=False).tolist())
 
     def _work(self, row: _Logged, index: int, ids: NDArray[np.int64], seed: int) -> Work:
         most_input, most_output = self._most
@@ -269,7 +341,8 @@ def _csv_rows(path: Path) -> Iterator[_Logged]:
         wanted = " or ".join(" and ".join(pair) for pair in _CSV_COLUMNS)
         raise RequestError(f"the trace {path} has no columns {wanted}")
     for row in rows:
-        yield _logged(path, rows.line_num, row, columns, int)
+        logged = _logged(path, rows.line_num, row, columns, int)
+        yield logged._replace(stamp=row.get("TIMESTAMP"))
 
 
 def _jsonl_rows(path: Path) -> Iterator[_Logged]:
@@ -288,7 +361,27 @@ def _jsonl_rows(path: Path) -> Iterator[_Logged]:
                 f"the trace {path}, line {number}: hash_ids must be {needed} whole numbers, one "
                 f"for every {_BLOCK} tokens of input_length={logged.input_len}"
             )
-        yield logged._replace(blocks=tuple(blocks))
+        yield logged._replace(blocks=tuple(blocks), stamp=row.get("timestamp"))
+
+
+def _seconds(path: Path, stamp: Any) -> float:
+    """A time stamp of a trace: a date, or milliseconds."""
+    try:
+        if isinstance(stamp, str):
+            date = datetime.fromisoformat(stamp)
+            return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
+        return _number(stamp) / 1000
+    except (TypeError, ValueError):
+        raise RequestError(
+            f"the trace {path} cannot say when requests came: the time stamp {stamp!r} is no date "
+            "(TIMESTAMP of .csv) and no number of milliseconds (timestamp of .jsonl)"
+        ) from None
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float):
+        raise TypeError
+    return float(value)
 
 
 def _whole(value: Any) -> int:

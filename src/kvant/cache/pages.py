@@ -60,6 +60,10 @@ class PageAllocator:
         """Pages with at least one reference."""
         return len(self._references)
 
+    def cached_pages(self) -> tuple[PageId, ...]:
+        """The pages that :attr:`num_cached` counts, by number."""
+        return tuple(sorted(self._cached))
+
     def allocate(self) -> PageId:
         """Take a page with one reference; evicts the least recently used cached page if no
         free one is left. Raises MemoryError when all are held."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +22,12 @@ __all__ = [
     "RATES",
     "add_engine",
     "add_files",
+    "finish",
     "integers",
     "latency_lines",
     "read_engine",
     "read_specs",
     "text_of",
-    "write_csv",
 ]
 
 # The formats are a list here, and the number of sequences is the benchmark's.
@@ -115,8 +115,26 @@ def integers(name: str, text: str) -> list[int]:
     return measuring.numbers(name, text, "1,16")
 
 
-def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """A line for every row, a column for every key; lists as words."""
+def finish(
+    options: Namespace,
+    rows: Sequence[Row],
+    *,
+    text: Callable[[Sequence[Row]], str],
+    plot: Callable[[Sequence[Row], Path], None],
+    **about: Any,
+) -> None:
+    """Print results, as a ``text`` or as JSON, and store, tabulate and ``plot`` them where the
+    user wants it. ``about`` are further keys of the JSON."""
+    stored = measuring.store(options, **about, results=rows)
+    print(stored if options.json else text(rows))
+    if options.csv is not None:
+        _write_csv(rows, Path(options.csv))
+    if options.plot is not None:
+        plot(rows, Path(options.plot))
+
+
+def _write_csv(rows: Sequence[Row], path: Path) -> None:
+    """A line for every row, a column for every key; lists and dicts as words."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
@@ -126,6 +144,8 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
 
 
 def _csv_cell(value: Any) -> Any:
+    if isinstance(value, dict):
+        value = [f"{name}={each}" for name, each in value.items()]
     return " ".join(map(str, value)) if isinstance(value, list) else value
 
 

@@ -15,10 +15,10 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvant.bench.metrics import check_counts
+from kvant.bench.plot import plot_attention
 from kvant.cli import bench as shared
 from kvant.cli import measuring
 from kvant.cli.terminal import import_engine, table
@@ -97,14 +97,7 @@ def run(options: Namespace) -> int:
         **sizes,
     )
     rows = _measure(options, config, plan, parts, opened)
-    stored = measuring.store(options, model=options.model, results=rows)
-    print(stored if options.json else _text(rows))
-    if options.csv is not None:
-        shared.write_csv(rows, Path(options.csv))
-    if options.plot is not None:
-        from kvant.bench.plot import plot_attention
-
-        plot_attention(rows, Path(options.plot))
+    shared.finish(options, rows, text=_text, plot=plot_attention, model=options.model)
     return 0
 
 

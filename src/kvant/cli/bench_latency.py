@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvant.bench.metrics import check_counts
+from kvant.bench.plot import plot_latency
 from kvant.cli import bench as shared
 from kvant.cli import measuring
 from kvant.cli.terminal import table
@@ -74,20 +74,15 @@ def run(options: Namespace) -> int:
     with measuring.ticking("measuring", total, shown=not options.json) as tick:
         bench = Bench(opened=opened, weights=weights, config=config, tick=tick)
         rows = measure(bench, specs, work, options.repeats)
-    stored = measuring.store(
+    shared.finish(
         options,
+        rows,
+        text=_text,
+        plot=plot_latency,
         model=options.model,
         dtype=config.dtype,
         workload={"repeats": options.repeats, "seed": options.seed},
-        results=rows,
     )
-    print(stored if options.json else _text(rows))
-    if options.csv is not None:
-        shared.write_csv(rows, Path(options.csv))
-    if options.plot is not None:
-        from kvant.bench.plot import plot_latency
-
-        plot_latency(rows, Path(options.plot))
     return 0
 
 

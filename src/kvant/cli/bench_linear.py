@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvant.bench.metrics import check_counts
+from kvant.bench.plot import plot_linear
 from kvant.cli import bench as shared
 from kvant.cli import measuring
 from kvant.cli.terminal import import_engine, table
@@ -83,14 +83,7 @@ def run(options: Namespace) -> int:
                 cold=cold,
                 tick=tick,
             )
-    stored = measuring.store(options, model=options.model, results=rows)
-    print(stored if options.json else _text(rows))
-    if options.csv is not None:
-        shared.write_csv(rows, Path(options.csv))
-    if options.plot is not None:
-        from kvant.bench.plot import plot_linear
-
-        plot_linear(rows, Path(options.plot))
+    shared.finish(options, rows, text=_text, plot=plot_linear, model=options.model)
     return 0
 
 

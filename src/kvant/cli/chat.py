@@ -1,4 +1,4 @@
-"""Talk to a model.
+"""Talk to a model, here or with --server behind an OpenAI-compatible server.
 
 A line is a turn; end it with a backslash to go on in the next. /help lists the commands. When
 input is no terminal, each line of it is a turn and the answers are printed one after another.
@@ -9,17 +9,13 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
-from contextlib import closing, suppress
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from contextlib import closing, contextmanager, suppress
 
 from kvant.cli.options import add_options, read_options
-from kvant.cli.terminal import Speed, add_template_option, kv_text, open_pipeline
+from kvant.cli.partner import LocalModel, Message, Partner, Piece, ServerError, open_server
+from kvant.cli.terminal import Speed, add_template_option, open_pipeline
 from kvant.config import EngineConfig, GenerationConfig
-from kvant.errors import ModelError, RequestError
-
-if TYPE_CHECKING:
-    from kvant.api import Pipeline, Response, Session
+from kvant.errors import ConfigError, ModelError, RequestError
 
 __all__ = ["configure", "run"]
 
@@ -33,8 +29,14 @@ A backslash at the end of a line continues it. Ctrl-C stops an answer."""
 
 def configure(parser: ArgumentParser) -> None:
     """Add the options of ``kvant chat``."""
-    parser.usage = "kvant chat MODEL [options]"
-    parser.add_argument("model", metavar="MODEL", help="a folder, a .gguf file or a hub name")
+    parser.usage = "kvant chat MODEL [options]\n       kvant chat --server URL [MODEL] [options]"
+    add = parser.add_argument
+    about = (
+        "a folder, a .gguf file or a hub name; with --server its name there (default: the first)"
+    )
+    add("model", metavar="MODEL", nargs="?", help=about)
+    add("--server", metavar="URL", help="let a server answer, as that of kvant serve")
+    add("--api-key", metavar="KEY", help="the server's key (default: that in OPENAI_API_KEY)")
     parser.add_argument("--system", metavar="TEXT", help="a system message to begin with")
     add_template_option(parser)
     # A conversation has one answer per turn, and shows its text only.
@@ -45,6 +47,23 @@ def configure(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> int:
     """Talk until the input ends; the exit code is 1 if a scripted turn failed."""
+    with _partner(options) as partner:
+        chat = _Chat(partner, options.system, interactive=sys.stdin.isatty())
+        chat.talk()
+    return 1 if chat.failed and not chat.interactive else 0
+
+
+@contextmanager
+def _partner(options: Namespace) -> Iterator[Partner]:
+    """Whoever answers."""
+    if options.server is not None:
+        with open_server(options) as model:
+            yield model
+        return
+    if options.model is None:
+        raise ConfigError("which MODEL? Name one, or a server with --server URL")
+    if options.api_key is not None:
+        raise ConfigError("--api-key goes with --server URL only")
     gen, config = read_options(options, GenerationConfig), read_options(options, EngineConfig)
     with open_pipeline(options.model, config, options.chat_template) as pipe:
         if pipe.tokenizer.chat is None and options.chat_template is None:
@@ -52,22 +71,19 @@ def run(options: Namespace) -> int:
                 f"{options.model} has no chat template, so it cannot chat; give one with "
                 "--chat-template, or use kvant generate"
             )
-        chat = _Chat(pipe, gen, options.system, interactive=sys.stdin.isatty())
-        chat.talk()
-    return 1 if chat.failed and not chat.interactive else 0
+        yield LocalModel(pipe, gen)
 
 
 class _Chat:
     """A conversation, its commands and its answers."""
 
-    def __init__(
-        self, pipe: Pipeline, gen: GenerationConfig, system: str | None, *, interactive: bool
-    ) -> None:
+    def __init__(self, partner: Partner, system: str | None, *, interactive: bool) -> None:
         self.interactive = interactive
         self.failed = False
-        self._pipe, self._gen, self._system = pipe, gen, system
+        self._partner = partner
+        self._start: list[Message] = [] if system is None else [_message("system", system)]
+        self._messages = self._start
         self._speed = Speed()
-        self._session = self._new_session()
         self._commands = {
             "/help": lambda: print(_HELP),
             "/clear": self._clear,
@@ -80,7 +96,7 @@ class _Chat:
         if self.interactive:
             with suppress(ImportError):
                 import readline  # noqa: F401  (gives input() its history)
-            print(f"{kv_text(self._pipe)}. /help lists the commands.")
+            print(f"{self._partner.about}. /help lists the commands.")
         for turn in _turns(interactive=self.interactive):
             if turn in ("/exit", "/quit", "exit"):
                 return
@@ -92,78 +108,62 @@ class _Chat:
             elif turn:
                 self._answer(turn)
 
-    def _new_session(self) -> Session:
-        session = self._pipe.session()
-        if self._system is not None:
-            session.messages = [{"role": "system", "content": self._system}]
-        return session
-
     def _clear(self) -> None:
-        self._session = self._new_session()
+        self._messages = self._start
         self._say("the conversation starts anew")
 
     def _answer(self, turn: str) -> None:
-        before = self._session.messages
+        asked = [*self._messages, _message("user", turn)]
         self._speed = Speed()
-        whole: Response | None = None
         text = ""
         try:
-            for piece in self._pieces(turn):
-                text += piece.text
-                whole = replace(piece, text=text)
+            for piece in self._pieces(asked):
+                text += "" if piece.thought else piece.text
         except KeyboardInterrupt:
             if not self.interactive:
                 raise
-            said = [{"role": "user", "content": turn}, {"role": "assistant", "content": text}]
-            self._session.messages = [*before, *said] if text else before
+            if text:
+                self._messages = [*asked, _message("assistant", text)]
             print("\n[stopped]")
             return
-        except RequestError as error:
-            self._fail(str(error))
+        except (RequestError, ServerError) as error:
+            remedy = "; /clear starts a new conversation" if isinstance(error, RequestError) else ""
+            self._fail(f"{error}{remedy}")
             return
         print()
-        if whole is not None:
-            self._remark(whole, before)
+        self._messages = [*asked, _message("assistant", text)]
+        if remark := self._partner.remark():
+            self._say(remark)
 
-    def _pieces(self, turn: str) -> Iterator[Response]:
+    def _pieces(self, messages: list[Message]) -> Iterator[Piece]:
         """The pieces of the answer, printed and timed."""
-        pieces = cast(
-            "Iterator[Response]",
-            self._pipe.chat(turn, self._session, self._gen, stream_response=True),
-        )
-        with closing(pieces):  # type: ignore[type-var]
+        thinking = False
+        with closing(self._partner.answer(messages)) as pieces:
             for piece in pieces:
-                self._speed.add(piece)
+                self._speed.add(piece.tokens)
+                if thinking and not piece.thought and piece.text:
+                    print("\n")
+                thinking = piece.thought or (thinking and not piece.text)
                 print(piece.text, end="", flush=True)
                 yield piece
 
-    def _remark(self, answer: Response, before: list[Any]) -> None:
-        """Say why an answer ended, unless the model ended it."""
-        limit = self._pipe.model.engine.session_len
-        if answer.finish_reason == "error":
-            self._session.messages = before
-            self._fail(str(answer.error_message))
-        elif answer.input_token_len + answer.generate_token_len >= limit:
-            self._say(f"the context of {limit} tokens is full; /clear starts a new conversation")
-        elif answer.finish_reason == "length":
-            self._say(f"the answer was cut at max_new_tokens={self._gen.max_new_tokens}")
-
     def _fail(self, error: str) -> None:
         self.failed = True
-        self._say(f"{error}; /clear starts a new conversation")
+        if self._speed.first is not None:  # the answer had begun
+            print()
+        self._say(error)
 
     def _say(self, text: str) -> None:
         """A remark that is no part of the answers."""
         print(f"[{text}]", file=sys.stdout if self.interactive else sys.stderr, flush=True)
 
     def _print_stats(self) -> None:
-        # Nothing runs between turns, so the engine's thread leaves these numbers alone.
-        stats = self._pipe.model.engine.stats()
         print(f"last answer: {self._speed}")
-        print(
-            f"pages: {stats.pages_held} held and {stats.pages_cached} cached of "
-            f"{stats.pages_total}; {kv_text(self._pipe)}"
-        )
+        print(self._partner.stats())
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
 
 
 def _turns(*, interactive: bool) -> Iterator[str]:

@@ -189,7 +189,7 @@ class _Batch:
         pieces = self.pipe.stream_infer(self._asked, self.gen, do_preprocess=not self._raw)
         with closing(pieces):  # type: ignore[type-var]
             for piece in pieces:
-                self.speed.add(piece)
+                self.speed.add(len(piece.token_ids))
                 self._served[piece.index].add(piece)
                 self.num_done += piece.finish_reason is not None
                 yield piece.text

@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,10 +105,20 @@ def store(options: Namespace, **found: Any) -> str:
     """The JSON of a measurement, stored where the user wants it."""
     document = {
         "machine": machine(),
-        "command": shlex.join(["kvant", *sys.argv[1:]]),
+        "command": shlex.join(["kvant", *_without_keys(sys.argv[1:])]),
         **found,
     }
     stored = json.dumps(document, indent=2, allow_nan=False)
     if options.output is not None:
         Path(options.output).write_text(stored + "\n", encoding="utf-8")
     return stored
+
+
+def _without_keys(words: Sequence[str]) -> Iterator[str]:
+    """Words of a command line; keys of servers, which are secrets, as stars."""
+    hidden = False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        key = name.replace("_", "-") == "--api-key"
+        yield "***" if hidden else f"{name}=***" if key and equals else word
+        hidden = key and not equals

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import UnionType
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
@@ -153,8 +154,30 @@ def _kind(hint: Any) -> dict[str, Any]:
         kind, others = hint, []
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
+    if get_origin(kind) is Mapping:
+        return {"type": _reader(*get_args(kind)), "metavar": "JSON"}
     if get_origin(kind) is not None:  # Sequence[X]: give the option several times
         return {"action": "append", "type": get_args(kind)[0], "metavar": "X"}
     if others:  # several spellings, such as a size in bytes or "4GiB"
         return {"type": str, "metavar": "X"}
     return {"type": kind, "metavar": {int: "N", float: "R"}.get(kind, "X")}
+
+
+def _reader(key: type[Any], _: Any) -> Callable[[str], dict[Any, Any]]:
+    """How a JSON object with keys of one type is read; JSON itself has only texts for keys."""
+
+    def read(text: str) -> dict[Any, Any]:
+        try:
+            found = json.loads(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from None
+        if not isinstance(found, dict):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object, as {{...}}")
+        try:
+            return {key(name): value for name, value in found.items()}
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} must have keys of type {key.__name__}"
+            ) from None
+
+    return read

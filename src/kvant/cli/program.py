@@ -28,6 +28,7 @@ _READER_GONE = 141  # what a shell reports for SIGPIPE
 COMMANDS = {
     "generate": "complete prompts, one or many",
     "chat": "talk to a model",
+    "serve": "an OpenAI-compatible server, with a page to chat and watch the KV cache",
     "info": "this machine, the KV formats, and what a model's cache takes",
     "eval": "what KV formats cost on a model and a text",
     "bench": "how fast formats, models and kernels are here",
@@ -43,6 +44,7 @@ TASKS = {
         "latency": "static batches: a grid of batch, prompt and output lengths",
         "attention": "the pages of each format against the bandwidth of memory, and torch",
         "linear": "linear layers against the bandwidth of memory and the peak of arithmetic",
+        "serving": "any OpenAI-compatible server, at request rates or the times of a log",
     },
 }
 

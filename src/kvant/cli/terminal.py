@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from kvant.errors import RequestError
 
 if TYPE_CHECKING:
-    from kvant.api import Pipeline, Response
+    from kvant.api import Pipeline
     from kvant.config import EngineConfig
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "kv_text",
     "open_pipeline",
     "progress",
+    "read_template",
     "table",
 ]
 
@@ -48,7 +49,7 @@ def open_pipeline(
     """Load a model, with a progress bar; ``chat_template`` is a file."""
     from kvant.loading.resolve import resolve_model
 
-    template = None if chat_template is None else _read_template(Path(chat_template))
+    template = None if chat_template is None else read_template(Path(chat_template))
     # A wrong name is answered before torch is imported.
     path = resolve_model(model, revision=config.revision, download_dir=config.download_dir)
     import_engine()
@@ -80,7 +81,12 @@ def import_engine() -> None:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _read_template(path: Path) -> str:
+def read_template(path: Path) -> str:
+    """The text of a chat template.
+
+    Raises:
+        RequestError: the file cannot be read.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -112,10 +118,10 @@ class Speed:
     last: float = 0.0
     tokens: int = 0
 
-    def add(self, piece: Response) -> None:
+    def add(self, tokens: int) -> None:
         """Count a piece of an answer."""
         self.last = time.perf_counter()
-        self.tokens += len(piece.token_ids)
+        self.tokens += tokens
         if self.first is None:
             self.first = self.last
 

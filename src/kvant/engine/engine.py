@@ -6,6 +6,7 @@ Not thread-safe and without a thread of its own; :mod:`kvant.engine.worker` give
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -24,7 +25,7 @@ from kvant.request import FinishReason, Output, Request, Status
 
 _log = logging.getLogger("kvant")
 
-__all__ = ["Engine", "EngineStats", "Model"]
+__all__ = ["CacheMap", "Engine", "EngineStats", "HeldPages", "Model"]
 
 
 class Model(Protocol):
@@ -41,6 +42,7 @@ class EngineStats:
 
     running: int
     waiting: int
+    max_running: int
     pages_total: int
     pages_held: int
     pages_cached: int
@@ -49,6 +51,61 @@ class EngineStats:
     prompt_tokens: int
     cached_tokens: int
     generated_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldPages:
+    """A request and its pages: base pages, and recent ones of the other pool."""
+
+    request_id: int
+    running: bool
+    prompt_tokens: int
+    generated_tokens: int
+    cached_tokens: int
+    computed: int
+    pages: tuple[int, ...]
+    recent: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheMap:
+    """A snapshot of the base pages: ``cached`` are held by nobody and kept for later prompts; a
+    page of several requests is shared; what is left is free."""
+
+    cached: tuple[int, ...]
+    requests: tuple[HeldPages, ...]
+
+
+def _held(request: Request, *, sink: bool) -> HeldPages:
+    holding = request.holding
+    first = int(sink)  # a sink is a recent page
+    recent = (*holding.pages[:first], *(() if holding.recent is None else (holding.recent,)))
+    return HeldPages(
+        request_id=request.id,
+        running=request.status is Status.RUNNING,
+        prompt_tokens=request.num_prompt,
+        generated_tokens=request.num_generated,
+        cached_tokens=request.cached_tokens,
+        computed=request.computed,
+        pages=tuple(holding.pages[first:]),
+        recent=recent,
+    )
+
+
+def _ending(request: Request) -> tuple[FinishReason | None, str | None]:
+    """Whether the token that was just appended ends a request, and the error if it is one."""
+    if request.text and request.text.stopped is not None:
+        return "stop", None
+    guide = request.guide
+    if guide:
+        guide.take(request.tokens[-1])
+    if guide and guide.ended:
+        return "stop", None
+    if len(request.tokens) >= request.max_tokens:
+        return "length", None
+    if guide and guide.error:
+        return "error", guide.error
+    return None, None
 
 
 class Engine:
@@ -125,6 +182,7 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Queue a request; its outputs go to ``request.deliver``, the last one with a
         ``finish_reason``. Prompts must have passed :meth:`validate`."""
+        request.submitted = time.perf_counter()
         self._requests[request.id] = request
         self.scheduler.add(request)
         self._prompt_tokens += request.num_prompt
@@ -154,6 +212,7 @@ class Engine:
         plan = self.scheduler.schedule()
         if plan is None:
             return None
+        self._stamp(plan)
         for copy in plan.copies:
             pool = self.memory.recent if copy.recent else self.memory.base
             pool.copy(copy.source, copy.target)
@@ -164,11 +223,27 @@ class Engine:
             self.scheduler.check()
         return plan
 
+    def _stamp(self, plan: StepPlan) -> None:
+        now = time.perf_counter()
+        for part in plan.slices:
+            request = self._requests[part.request_id]
+            if request.started is None:
+                request.started = now
+
+    def cache_map(self, most: int) -> CacheMap:
+        """Who holds which pages, for at most ``most`` requests, those that run first."""
+        requests = [*self.scheduler.running, *self.scheduler.waiting][:most]
+        return CacheMap(
+            cached=self._cache.base.cached_pages(),
+            requests=tuple(_held(request, sink=self._cache.sink) for request in requests),
+        )
+
     def stats(self) -> EngineStats:
         """A snapshot of queues, pages and totals."""
         return EngineStats(
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting),
+            max_running=self.scheduler.max_sequences,
             pages_total=self._cache.base.num_pages,
             pages_held=self._cache.base.num_held,
             pages_cached=self._cache.base.num_cached,
@@ -227,7 +302,8 @@ class Engine:
         token = sampled.token
         if token is None:
             error = (
-                "no token can be chosen: the logits are not finite, or all tokens are banned; "
+                "no token can be chosen: the logits are not finite, or all tokens are banned"
+                f"{' that response_format allows' if request.guide else ''}; "
                 "try dtype=float32 or a KV format of more bits"
             )
             self._finish(request, Output(finish_reason="error", error=error))
@@ -244,12 +320,8 @@ class Engine:
             _log.exception("request %d: its detokenizer failed", request.id)
             self._finish(request, Output(finish_reason="error", error=f"detokenizer: {error!r}"))
             return
-        reason: FinishReason | None = None
-        if request.text and request.text.stopped is not None:
-            reason = "stop"
-        elif len(request.tokens) >= request.max_tokens:
-            reason = "length"
-        output = Output(text, (token,), logprobs, reason)
+        reason, problem = _ending(request)
+        output = Output(text, (token,), logprobs, reason, problem)
         if reason:
             self._finish(request, output)
         else:

@@ -20,7 +20,7 @@ _FIRST_SORTED = 64  # tokens that are sorted for top-p at first; then times as m
 
 
 class Sampled(NamedTuple):
-    """``token`` is None if the logits were not finite or every token was banned."""
+    """``token`` is None if the logits were not finite or every token was forbidden."""
 
     token: int | None
     logprobs: dict[int, float] | None = None
@@ -51,13 +51,26 @@ def _sample_row(row: Row, best: int, request: Request) -> Sampled:
 
 
 def _process(row: Row, request: Request) -> Row | None:
-    """Logits after penalties and bans; None if the request has neither."""
+    """Logits after penalties, biases, bans and the request's guide; None if it has none."""
     gen = request.gen
     banned = _banned(request)
     penal = gen.repetition_penalty != 1 or gen.presence_penalty or gen.frequency_penalty
-    if not banned and not penal:
+    if not (banned or penal or gen.logit_bias or request.guide):
         return None
     row = row.copy()
+    if penal:
+        _penalize(row, request)
+    if gen.logit_bias:
+        tokens = np.fromiter(gen.logit_bias.keys(), np.int64)
+        row[tokens] += np.fromiter(gen.logit_bias.values(), np.float32)
+    row[list(banned)] = -np.inf
+    if request.guide:
+        request.guide.apply(row)
+    return row
+
+
+def _penalize(row: Row, request: Request) -> None:
+    gen = request.gen
     if gen.repetition_penalty != 1:
         seen = np.fromiter(request.seen, np.int64)
         hit = row[seen]
@@ -67,8 +80,6 @@ def _process(row: Row, request: Request) -> Row | None:
         seen = np.fromiter(request.counts.keys(), np.int64)
         counts = np.fromiter(request.counts.values(), np.float32)
         row[seen] -= gen.presence_penalty + gen.frequency_penalty * counts
-    row[list(banned)] = -np.inf
-    return row
 
 
 def _banned(request: Request) -> set[int]:

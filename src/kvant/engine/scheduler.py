@@ -32,7 +32,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.waiting: list[Request] = []
         self.num_preemptions = 0
-        self._max_sequences = max_sequences
+        self.max_sequences = max_sequences
         self._max_step_tokens = max_step_tokens
 
     def add(self, request: Request) -> None:
@@ -105,7 +105,7 @@ class Scheduler:
         missing = self.cache.missing_base_pages
         outstanding = sum(missing(r.holding, len(r.tokens)) for r in self.running)
         for request in list(self.waiting):
-            if budget <= 0 or len(self.running) >= self._max_sequences:
+            if budget <= 0 or len(self.running) >= self.max_sequences:
                 return
             if self._leader_is_ahead(request):
                 continue

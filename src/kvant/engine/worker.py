@@ -12,6 +12,7 @@ import atexit
 import itertools
 import queue
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
@@ -26,6 +27,10 @@ __all__ = ["EngineWorker", "Stream"]
 T = TypeVar("T")
 
 _Command = Callable[[], None]
+
+
+def _text(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 class Stream:
@@ -107,6 +112,7 @@ class EngineWorker:
         self._lock = threading.RLock()  # a signal handler may close while its thread submits
         self._closed = False
         self._failure: BaseException | None = None
+        self._busy_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="kvant-engine", daemon=True)
         self._thread.start()
         # Python must not shut down while the thread is inside of torch: that aborts the process.
@@ -116,6 +122,17 @@ class EngineWorker:
     def is_alive(self) -> bool:
         """Whether requests are still taken."""
         return not self._closed and self._failure is None
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine failed, if it did."""
+        return None if self._failure is None else _text(self._failure)
+
+    @property
+    def step_seconds(self) -> float:
+        """How long the step that runs now has taken; 0 between steps."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
 
     def new_id(self) -> int:
         """An id for the next request; ids are the order of arrival."""
@@ -145,16 +162,22 @@ class EngineWorker:
         Raises:
             EngineDeadError: the engine failed or was closed.
         """
+        return self.ask(function).result()
+
+    def ask(self, function: Callable[[Engine], T]) -> Future[T]:
+        """:meth:`call` without waiting. A call that was cancelled before its turn is not made."""
         future: Future[T] = Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
                 future.set_result(function(self._engine))
             except BaseException as error:
                 future.set_exception(error)
 
         self._put(run)
-        return future.result()
+        return future
 
     def _put(self, command: _Command) -> None:
         with self._lock:
@@ -185,7 +208,9 @@ class EngineWorker:
         try:
             while not self._closed:
                 self._obey(block=not self._engine.has_work)
+                self._busy_since = time.monotonic()
                 self._engine.step()
+                self._busy_since = None
             self._obey(block=False)
             self._engine.abort_all()
         except BaseException as error:
@@ -193,7 +218,8 @@ class EngineWorker:
                 self._failure = error
             with suppress(Exception):
                 self._obey(block=False)
-            self._engine.fail_all(f"the engine failed: {type(error).__name__}: {error}")
+            self._busy_since = None
+            self._engine.fail_all(f"the engine failed: {_text(error)}")
 
     def _obey(self, *, block: bool) -> None:
         """Run the commands that wait; with ``block`` wait for one first."""

@@ -94,7 +94,7 @@ class Runner:
         """Continue prompts by ``count`` tokens, all in one batch."""
         gen = GenerationConfig(max_new_tokens=count, ignore_eos=True)
         with self.pipeline(spec, [len(ids) + count for ids in prompts]) as pipe:
-            done = pipe.run([pipe.generate_request(ids, gen) for ids in prompts])
+            done = pipe.run([r for ids in prompts for r in pipe.generate_requests(ids, gen)])
         self.tick(sum(len(ids) + count for ids in prompts))
         return [response.token_ids for response in done]
 

@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 class Tokenizer:
-    """One model's tokenizer. Threads may share it; nothing changes after construction.
+    """One model's tokenizer. Threads may share it.
 
     ``vocab_size`` counts added tokens (a model's logits may be wider). ``lead`` and ``trail``
     are the ids that :meth:`encode` puts before and after a text. ``eos_ids`` are all the ids
@@ -53,6 +53,7 @@ class Tokenizer:
         backend.no_padding()
         added = backend.get_added_tokens_decoder()
         self._backend = backend
+        self._texts: dict[int, str] = {}  # remembered by token_text
         self.vocab_size = 1 + max(backend.get_vocab().values(), default=-1)
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self.bos_id = bos_id
@@ -81,10 +82,21 @@ class Tokenizer:
         which padded models can produce, become nothing."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special)
 
+    def to_json(self) -> str:
+        """The pipeline as the text of a ``tokenizer.json``."""
+        return self._backend.to_str()
+
+    def is_special(self, text: str) -> bool:
+        """Whether ``text`` is exactly one special token."""
+        return self._backend.token_to_id(text) in self.special_ids
+
     def token_text(self, token_id: int) -> str:
         """What one token adds to a text that goes before it (a leading space included)."""
-        alone = self.decode([token_id], skip_special=False)
-        return self.decode([token_id, token_id], skip_special=False)[len(alone) :]
+        if token_id not in self._texts:
+            alone = self.decode([token_id], skip_special=False)
+            both = self.decode([token_id, token_id], skip_special=False)
+            self._texts[token_id] = both[len(alone) :]
+        return self._texts[token_id]
 
     @classmethod
     def from_folder(cls, path: Path) -> Tokenizer:

@@ -1,0 +1,169 @@
+"""From a body to an answer, whole or as a stream of events: what all endpoints share."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import ExitStack, asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Any, Protocol
+
+from starlette.responses import Response
+
+from kvant.request import Output, Request
+from kvant.server.errors import ApiError, error_body, error_of
+from kvant.server.running import Running
+from kvant.server.service import Service
+
+if TYPE_CHECKING:
+    from starlette.requests import Request as HttpRequest
+    from starlette.types import Receive, Scope, Send
+
+__all__ = ["Form", "answer", "usage"]
+
+_JSON = "application/json"
+_CLIENT_GONE = 499  # as nginx logs it; nobody reads it
+
+
+class Form(Protocol):
+    """How one endpoint writes outputs."""
+
+    def begin(self) -> Iterable[str]:
+        """JSON of the first events of a stream."""
+        ...
+
+    def add(self, index: int, output: Output) -> Iterable[str]:
+        """Take an output of sequence ``index``; JSON of the events that it makes."""
+        ...
+
+    def end(self) -> Iterable[str]:
+        """JSON of the last events of a stream."""
+        ...
+
+    def whole(self) -> dict[str, Any]:
+        """The answer of all that was added."""
+        ...
+
+
+async def answer(
+    service: Service,
+    http: HttpRequest,
+    count: int,
+    prepare: Callable[[], tuple[list[Request], Form]],
+    *,
+    stream: bool | None,
+    compiles: bool,
+) -> Response:
+    """Run the ``count`` sequences that ``prepare`` makes (beside the loop), and answer.
+    ``compiles``: there is a constraint among what it makes.
+
+    Raises:
+        ApiError: the request is refused, or failed.
+        KvantError: what ``prepare`` found wrong.
+    """
+    with ExitStack() as admission:
+        admission.enter_context(service.admission(count))
+        requests, form = await service.prepare(prepare, compiles=compiles)
+        running = service.run(requests)
+        if stream:
+            return _EventStream(running, form, admission.pop_all())
+        async with _watched(http.receive, running) as client:
+            async for events in running.events():
+                for index, output in events:
+                    if client.gone:
+                        return Response(status_code=_CLIENT_GONE)
+                    _check(output)
+                    for _ in form.add(index, output):
+                        pass
+        return Response(json.dumps(form.whole()), media_type=_JSON)
+
+
+def usage(requests: Iterable[Request], generated: int) -> dict[str, Any]:
+    """Tokens of a request; a prompt with several completions counts once."""
+    prompts = [request for request in requests if request.leader is None]
+    prompt = sum(request.num_prompt for request in prompts)
+    cached = sum(request.cached_tokens for request in prompts)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": generated,
+        "total_tokens": prompt + generated,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+class _EventStream(Response):
+    """Server-sent events. If something fails there is an event ``{"error": ...}``, and no
+    ``[DONE]``."""
+
+    def __init__(self, running: Running, form: Form, admission: ExitStack) -> None:
+        super().__init__(media_type="text/event-stream")
+        self._running, self._form, self._admission = running, form, admission
+
+    async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")]
+        # Proxies must not collect what should be seen at once.
+        headers.append((b"x-accel-buffering", b"no"))
+        with self._admission:
+            async with _watched(receive, self._running):
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
+                async for text in self._events():
+                    await send(_body(text, more=True))
+            await send(_body("", more=False))
+
+    async def _events(self) -> AsyncIterator[str]:
+        try:
+            yield _written(self._form.begin())
+            async for events in self._running.events():
+                pieces: list[str] = []
+                for index, output in events:
+                    _check(output)
+                    pieces += self._form.add(index, output)
+                if pieces:
+                    yield _written(pieces)
+            yield _written([*self._form.end(), "[DONE]"])
+        except Exception as error:
+            self._running.abort()
+            yield _written([json.dumps(error_body(error_of(error)))])
+
+
+def _body(text: str, *, more: bool) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": text.encode(), "more_body": more}
+
+
+def _written(events: Iterable[str]) -> str:
+    return "".join(f"data: {event}\n\n" for event in events)
+
+
+def _check(output: Output) -> None:
+    """Raise what a client is told of a sequence that did not end well."""
+    if output.finish_reason == "error":
+        raise ApiError(500, output.error or "the request failed")
+    if output.finish_reason == "abort":
+        raise ApiError(503, "the request was cut: the server is shutting down", retry_after=5)
+
+
+class _Client:
+    """Whoever waits for an answer."""
+
+    gone = False
+
+
+@asynccontextmanager
+async def _watched(receive: Receive, running: Running) -> AsyncIterator[_Client]:
+    """While inside, the client's leaving aborts what runs; so does leaving early."""
+    client = _Client()
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        client.gone = True
+        running.abort()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield client
+    finally:
+        watcher.cancel()
+        with suppress(asyncio.CancelledError):
+            await watcher
+        running.abort()
