@@ -67,14 +67,24 @@ class Served:
 @contextmanager
 def serving(pipe: Pipeline, **options: Any) -> Iterator[Served]:
     """Serve a pipeline, which is closed at the end."""
+    with listening(lambda: pipe, **options) as (url, service, server):
+        wait_until(lambda: service.state == "ready")
+        yield Served(url, service, pipe, server)
+
+
+@contextmanager
+def listening(
+    load: Callable[[], Pipeline], **options: Any
+) -> Iterator[tuple[str, Service, uvicorn.Server]]:
+    """A server that listens while ``load`` makes the pipeline; its address first."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         config = ServerConfig(**({"model_name": "tiny"} | options)).resolved("tiny")
-        service = Service(config, lambda: pipe)
+        service = Service(config, load)
         server = uvicorn.Server(uvicorn_config(config, service))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
-        wait_until(lambda: service.state == "ready")
-        yield Served(f"http://127.0.0.1:{listener.getsockname()[1]}", service, pipe, server)
+        wait_until(lambda: server.started)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", service, server
         server.should_exit = True
         thread.join(PATIENCE)
         assert not thread.is_alive(), "the server does not end"
@@ -85,7 +95,7 @@ class Steps:
 
     def __init__(self, pipe: Pipeline, patch: pytest.MonkeyPatch) -> None:
         self._permits = threading.Semaphore(0)
-        self._patch = patch
+        self.patch = patch
         model = pipe.model.engine._model
         forward = model.forward
 

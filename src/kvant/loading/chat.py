@@ -105,6 +105,7 @@ class ChatTemplate:
 
     def render(
         self,
+        /,  # templates may have a variable of that name
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,

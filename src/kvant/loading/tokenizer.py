@@ -34,9 +34,10 @@ T = TypeVar("T")
 class Tokenizer:
     """One model's tokenizer. Threads may share it.
 
-    ``vocab_size`` counts added tokens (a model's logits may be wider). ``lead`` and ``trail``
-    are the ids that :meth:`encode` puts before and after a text. ``eos_ids`` are all the ids
-    that end an output; ``chat`` is None when the model has no chat template.
+    ``vocab_size`` counts added tokens (a model's logits may be wider); no token stands for more
+    than ``longest_token`` characters. ``lead`` and ``trail`` are the ids that :meth:`encode` puts
+    before and after a text. ``eos_ids`` are all the ids that end an output; ``chat`` is None when
+    the model has no chat template.
     """
 
     def __init__(
@@ -54,7 +55,9 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self._backend = backend
         self._texts: dict[int, str] = {}  # remembered by token_text
-        self.vocab_size = 1 + max(backend.get_vocab().values(), default=-1)
+        vocabulary = backend.get_vocab()
+        self.vocab_size = 1 + max(vocabulary.values(), default=-1)
+        self.longest_token = max(map(len, vocabulary), default=0)
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self.bos_id = bos_id
         self.eos_ids = tuple(dict.fromkeys(eos_ids))

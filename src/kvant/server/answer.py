@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import ExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 from starlette.responses import Response
 
+from kvant.errors import RequestError
 from kvant.request import Output, Request
 from kvant.server.errors import ApiError, error_body, error_of
 from kvant.server.running import Running
+from kvant.server.sampling import constraint_name
+from kvant.server.schema import Sampling
 from kvant.server.service import Service
 
 if TYPE_CHECKING:
@@ -50,11 +54,11 @@ async def answer(
     http: HttpRequest,
     count: int,
     prepare: Callable[[], tuple[list[Request], Form]],
+    body: Sampling,
     *,
-    stream: bool | None,
     compiles: bool,
 ) -> Response:
-    """Run the ``count`` sequences that ``prepare`` makes (beside the loop), and answer.
+    """Run the ``count`` sequences that ``prepare`` makes of ``body`` (beside the loop), and answer.
     ``compiles``: there is a constraint among what it makes.
 
     Raises:
@@ -63,16 +67,20 @@ async def answer(
     """
     with ExitStack() as admission:
         admission.enter_context(service.admission(count))
-        requests, form = await service.prepare(prepare, compiles=compiles)
+        constraint = constraint_name(body)
+        try:
+            requests, form = await service.prepare(prepare, compiles=compiles)
+        except RequestError as error:
+            raise _about(str(error), constraint) or error from None
         running = service.run(requests)
-        if stream:
-            return _EventStream(running, form, admission.pop_all())
+        if body.stream:
+            return _EventStream(running, form, constraint, admission.pop_all())
         async with _watched(http.receive, running) as client:
             async for events in running.events():
                 for index, output in events:
                     if client.gone:
                         return Response(status_code=_CLIENT_GONE)
-                    _check(output)
+                    _check(output, constraint)
                     for _ in form.add(index, output):
                         pass
         return Response(json.dumps(form.whole()), media_type=_JSON)
@@ -95,8 +103,9 @@ class _EventStream(Response):
     """Server-sent events. If something fails there is an event ``{"error": ...}``, and no
     ``[DONE]``."""
 
-    def __init__(self, running: Running, form: Form, admission: ExitStack) -> None:
+    def __init__(self, running: Running, form: Form, constraint: str, admission: ExitStack) -> None:
         super().__init__(media_type="text/event-stream")
+        self._constraint = constraint
         self._running, self._form, self._admission = running, form, admission
 
     async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
@@ -116,7 +125,7 @@ class _EventStream(Response):
             async for events in self._running.events():
                 pieces: list[str] = []
                 for index, output in events:
-                    _check(output)
+                    _check(output, self._constraint)
                     pieces += self._form.add(index, output)
                 if pieces:
                     yield _written(pieces)
@@ -134,10 +143,20 @@ def _written(events: Iterable[str]) -> str:
     return "".join(f"data: {event}\n\n" for event in events)
 
 
-def _check(output: Output) -> None:
+def _about(message: str, constraint: str) -> ApiError | None:
+    """An error about a constraint, under the name that the client gave it; None of others."""
+    if not message.startswith("response_format") or constraint == "response_format":
+        return None
+    return ApiError(400, re.sub(r"^\w+(\.\w+)?", constraint, message), param=constraint)
+
+
+def _check(output: Output, constraint: str) -> None:
     """Raise what a client is told of a sequence that did not end well."""
     if output.finish_reason == "error":
-        raise ApiError(500, output.error or "the request failed")
+        message = output.error or "the request failed"
+        if message.startswith("response_format"):  # it cannot be followed to the end
+            raise _about(message, constraint) or RequestError(message)
+        raise ApiError(500, message)
     if output.finish_reason == "abort":
         raise ApiError(503, "the request was cut: the server is shutting down", retry_after=5)
 

@@ -6,20 +6,23 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 
 from kvant import __version__
 from kvant.server import schema
 from kvant.server.chat import chat
 from kvant.server.completions import complete
 from kvant.server.errors import ApiError, add_handlers
-from kvant.server.gate import Gate
+from kvant.server.gate import Gate, Guard
 from kvant.server.generate import detokenize, generate, tokenize
 from kvant.server.service import Service
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
 
 __all__ = ["create_app"]
 
@@ -43,6 +46,13 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         503: "the server is starting or shutting down",
     }.items()
 }
+
+
+_REPORT_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: _ERRORS[status] for status in (401, 408, 413, 500)
+}
+_TEXT = {"schema": {"type": "string"}}
+_METRICS = {"content": {"text/plain": _TEXT, "application/openmetrics-text": _TEXT}}
 
 
 def _answers(model: type[Any]) -> dict[int | str, dict[str, Any]]:
@@ -69,15 +79,17 @@ def create_app(service: Service) -> Gate:
     _add_tokens(app, service)
     _add_reports(app, service)
     _add_page(app)
-    if service.config.allow_origins:
-        app.add_middleware(
-            CORSMiddleware,
+    _document(app, with_keys=bool(service.config.api_keys))
+    guarded: ASGIApp = Guard(app, service.config, service.metrics)
+    if service.config.allow_origins:  # outside, so that pages may read what the guard says
+        guarded = CORSMiddleware(
+            guarded,
             allow_origins=list(service.config.allow_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
-    return Gate(app, service.config, service.metrics)
+    return Gate(guarded, service.config, service.metrics)
 
 
 def _add_openai(app: FastAPI, service: Service) -> None:
@@ -146,38 +158,74 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
 
 
 def _add_reports(app: FastAPI, service: Service) -> None:
-    @app.get("/health", tags=["reports"])
+    @app.get(
+        "/health",
+        tags=["reports"],
+        responses={
+            200: {"model": schema.Health},
+            **_REPORT_ERRORS,
+            503: {"model": schema.Health, "description": "the engine does not answer"},
+        },
+    )
     async def health() -> Response:
         """Whether the engine answers: 200, or 503 with the reason."""
         good, found = await service.health()
         return JSONResponse(found, 200 if good else 503)
 
-    @app.get("/ready", tags=["reports"])
+    @app.get(
+        "/ready",
+        tags=["reports"],
+        responses={
+            200: {"model": schema.Ready},
+            **_REPORT_ERRORS,
+            503: {"model": schema.Ready, "description": "it is starting, draining or failed"},
+        },
+    )
     async def ready() -> Response:
         """Whether requests are taken: 200, else 503."""
         state = service.state
         return JSONResponse({"status": state}, 200 if state == "ready" else 503)
 
-    @app.get("/metrics", tags=["reports"])
+    @app.get(
+        "/metrics",
+        tags=["reports"],
+        response_class=PlainTextResponse,
+        responses={200: _METRICS, **_REPORT_ERRORS},
+    )
     async def metrics(http: Request) -> Response:
         """For Prometheus; docs/metrics.md has the names."""
         body, kind = service.metrics.render(http.headers.get("accept"))
         return Response(body, headers={"Content-Type": kind})
 
-    @app.get("/kv", tags=["reports"])
+    @app.get("/kv", tags=["reports"], responses=_REPORT_ERRORS)
     async def kv() -> dict[str, Any]:
         """Who holds which pages of the KV cache; docs/server.md has the fields."""
         return await service.snapshot()
 
 
+def _document(app: FastAPI, *, with_keys: bool) -> None:
+    """Make the OpenAPI document. FastAPI writes of answers 422, which nobody gets: they are 400."""
+    document = app.openapi()
+    for path in document["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+    parts = document["components"]
+    for name in ("HTTPValidationError", "ValidationError"):
+        parts["schemas"].pop(name, None)
+    if with_keys:
+        parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}]
+
+
 def _add_page(app: FastAPI) -> None:
+    parts = {path.name for path in _PAGE.iterdir() if path.is_file()}
+
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
         return FileResponse(_PAGE / "index.html", headers=_PAGE_HEADERS)
 
     @app.get("/page/{name}", include_in_schema=False)
     async def part_of_page(name: str) -> Response:
-        path = _PAGE / name
-        if path.parent != _PAGE or not path.is_file():
+        if name not in parts:
             raise ApiError(404, f'the page has no part "{ascii(name)[1:80]}"')
-        return FileResponse(path, headers=_PAGE_HEADERS)
+        return FileResponse(_PAGE / name, headers=_PAGE_HEADERS)

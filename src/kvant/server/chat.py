@@ -43,7 +43,7 @@ async def chat(service: Service, body: ChatRequest, http: HttpRequest) -> Respon
         pipe, dialect = service.pipe, service.dialect
         tools = check_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
         text = render(service, body.messages, _variables(body), tools, _add_prompt(body))
-        ids = pipe.tokenizer.encode(text, add_special=False)
+        ids = service.encode(text, add_special=False)
         log_prompt(text, service.config.max_log_len)
         forced = dialect.response_format(text, tools)
         gen = _generation_config(service, body, forced, constraint, len(ids))
@@ -52,7 +52,7 @@ async def chat(service: Service, body: ChatRequest, http: HttpRequest) -> Respon
         parsers = [dialect.parser(text, tools, reasoning=reasoning) for _ in requests]
         return requests, _Form(service, body, requests, parsers)
 
-    return await answer(service, http, count, prepare, stream=body.stream, compiles=compiles)
+    return await answer(service, http, count, prepare, body, compiles=compiles)
 
 
 def _add_prompt(body: ChatRequest) -> bool:

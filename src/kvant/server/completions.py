@@ -35,17 +35,17 @@ async def complete(service: Service, body: CompletionRequest, http: HttpRequest)
     service.check_model(body.model)
     prompts = _prompts(body)
     each = body.best_of or body.n or 1
-    count = sequences(each, len(prompts), service.config)
+    name = "n" if body.best_of is None else "best_of"
+    count = sequences(each, len(prompts), service.config, name)
     constraint = constraint_of(body, body.response_format, service.config)
 
     def prepare() -> tuple[list[Request], _Form]:
-        pipe = service.pipe
         parts: list[_Prompt] = []
         for prompt in prompts:
             if isinstance(prompt, str):
                 log_prompt(prompt, service.config.max_log_len)
                 special = body.add_special_tokens is not False
-                ids = pipe.tokenizer.encode(prompt, add_special=special)
+                ids = service.encode(prompt, add_special=special)
             else:
                 ids = prompt
             parts.append(_prompt(service, body, constraint, prompt, ids))
@@ -53,7 +53,7 @@ async def complete(service: Service, body: CompletionRequest, http: HttpRequest)
         return [request for part in parts for request in part.requests], form
 
     compiles = constraint is not None
-    return await answer(service, http, count, prepare, stream=body.stream, compiles=compiles)
+    return await answer(service, http, count, prepare, body, compiles=compiles)
 
 
 def _prompts(body: CompletionRequest) -> list[str] | list[list[int]]:

@@ -71,7 +71,7 @@ class ServerConfig:
             ("max_queue", 0, 10**6),
             ("max_n", 1, 128),
             ("max_stop", 0, 1024),
-            ("max_logit_bias", 0, 10**6),
+            ("max_logit_bias", 0, 1024),
             ("max_log_len", 0, 10**9),
             ("grammar_timeout", 0.1, 60),
             ("header_timeout", 0.1, 3600),

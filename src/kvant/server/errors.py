@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from starlette.responses import Response
 
 from kvant.errors import KvantError
 from kvant.server.log import log, request_id
+from kvant.server.schema import FIELDS
 
 __all__ = ["ApiError", "add_handlers", "error_body", "error_of", "error_response"]
 
@@ -25,9 +27,14 @@ _TYPES = {
     408: "timeout_error",
     413: "invalid_request_error",
     429: "rate_limit_error",
+    431: "invalid_request_error",
     503: "unavailable_error",
 }
 _LONGEST_VALUE = 80  # characters of a wrong value that an error repeats
+_LONGEST_MESSAGE = 1000
+_LONGEST_PARAM = 200
+_KINDS = re.compile(r"(str|bool)$|(list|dict|function|constrained)\W")
+"""What pydantic puts into places beside names: which kind of several it tried."""
 
 
 class ApiError(Exception):
@@ -56,9 +63,10 @@ def error_of(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, KvantError):
-        return ApiError(error.http_status, " ".join(str(error).split()))
+        message = " ".join(str(error).split())
+        return ApiError(error.http_status, message, param=_field_of(message))
     if isinstance(error, HTTPException):
-        return ApiError(error.status_code, str(error.detail))
+        return ApiError(error.status_code, _detail(error))
     if isinstance(error, RequestValidationError):
         return _invalid(error)
     if isinstance(error, RecursionError):
@@ -71,9 +79,9 @@ def error_body(error: ApiError) -> dict[str, Any]:
     """The object that is sent."""
     return {
         "error": {
-            "message": error.message,
+            "message": _cut(error.message, _LONGEST_MESSAGE),
             "type": _TYPES.get(error.status, "server_error"),
-            "param": error.param,
+            "param": error.param and _cut(error.param, _LONGEST_PARAM),
             "code": error.code or error.status,
             "request_id": request_id.get(),
         }
@@ -91,23 +99,37 @@ def error_response(error: ApiError, headers: Mapping[str, str] | None = None) ->
     return Response(body, error.status, headers=found, media_type="application/json")
 
 
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
+def _detail(error: HTTPException) -> str:
+    if error.status_code == 400:  # FastAPI does not say what it could not read
+        return "the body is not valid JSON in UTF-8, or nested too deeply"
+    return str(error.detail)
+
+
+def _field_of(message: str) -> str | None:
+    """The field that the message of a KvantError begins with, if it is one of requests."""
+    found = re.match(r"(\w+)[\w.\[\]]*", message)
+    return found[0] if found and found[1] in FIELDS else None
+
+
 def _invalid(error: RequestValidationError) -> ApiError:
     """The first thing that a schema found wrong."""
     first = error.errors()[0]
-    place = [str(part) for part in first["loc"][1:]]
+    place = [f"[{part}]" if isinstance(part, int) else part for part in first["loc"][1:]]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error')}")
     if first["type"] in ("missing", "model_attributes_type") and not place:
         return ApiError(400, "the body must be a JSON object sent as application/json")
-    param = ".".join(part for part in place if not part.startswith(("list[", "function-", "str")))
+    param = ".".join(part for part in place if not _KINDS.match(part)).replace(".[", "[")
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = "this parameter is not supported; leave it out"
     value = first.get("input")
     if first["type"] not in ("missing", "value_error") and isinstance(value, str | int | float):
-        text = ascii(value)
-        cut = text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
-        message += f" (got {cut})"
+        message += f" (got {_cut(ascii(value), _LONGEST_VALUE)})"
     return ApiError(400, f"{param}: {message}" if param else message, param=param or None)
 
 
@@ -121,5 +143,6 @@ def add_handlers(app: FastAPI) -> None:
         allowed = error.headers if isinstance(error, HTTPException) else None
         return error_response(found, allowed)
 
-    for kind in (ApiError, KvantError, HTTPException, RequestValidationError, Exception):
+    kinds = ApiError, KvantError, HTTPException, RequestValidationError, RecursionError, Exception
+    for kind in kinds:
         app.add_exception_handler(kind, handle)

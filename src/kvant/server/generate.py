@@ -34,7 +34,7 @@ async def generate(service: Service, body: GenerateRequest, http: HttpRequest) -
         pipe = service.pipe
         if body.prompt is not None:
             log_prompt(body.prompt, service.config.max_log_len)
-        ids = body.input_ids if body.prompt is None else pipe.tokenizer.encode(body.prompt)
+        ids = body.input_ids if body.prompt is None else service.encode(body.prompt)
         assert ids is not None, "the schema wants one of them"
         room = max(pipe.model.engine.session_len - len(ids), 1)
         gen = generation_config(
@@ -49,7 +49,7 @@ async def generate(service: Service, body: GenerateRequest, http: HttpRequest) -
         return requests, _Form(requests[0], stream=bool(body.stream))
 
     compiles = constraint is not None
-    return await answer(service, http, 1, prepare, stream=body.stream, compiles=compiles)
+    return await answer(service, http, 1, prepare, body, compiles=compiles)
 
 
 class _Form:
@@ -105,10 +105,10 @@ async def tokenize(service: Service, body: TokenizeRequest) -> dict[str, Any]:
     def run() -> list[int]:
         if body.prompt is not None:
             special = body.add_special_tokens is not False
-            return pipe.tokenizer.encode(body.prompt, add_special=special)
+            return service.encode(body.prompt, add_special=special)
         add_prompt = body.add_generation_prompt is not False
         text = render(service, body.messages or (), {}, check_tools(None, None), add_prompt)
-        return pipe.tokenizer.encode(text, add_special=False)
+        return service.encode(text, add_special=False)
 
     tokens = await service.prepare(run)
     limit = pipe.model.engine.session_len

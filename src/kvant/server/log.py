@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 import sys
 import time
 from contextvars import ContextVar
 from typing import Any
 
-__all__ = ["configure_log", "log", "log_prompt", "request_id"]
+__all__ = ["configure_log", "log", "log_prompt", "new_id", "request_id"]
 
 log = logging.getLogger("kvant.server")
 
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 """The id of the request that is being answered here."""
+
+
+def new_id() -> str:
+    """An id for a request that has none."""
+    return secrets.token_hex(12)
 
 
 def log_prompt(text: str, length: int) -> None:

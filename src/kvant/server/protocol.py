@@ -4,15 +4,20 @@ do not read."""
 from __future__ import annotations
 
 import asyncio
+from http import HTTPStatus
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from kvant.server.config import ServerConfig
+from kvant.server.errors import ApiError, error_response
+from kvant.server.log import new_id, request_id
 
 __all__ = ["protocol_of"]
 
 _MOST_HEADER_BYTES = 64 * 1024
+_PIECE_BYTES = 4 * 1024
+_LINGER_SECONDS = 2.0
 
 
 class _Protocol(HttpToolsProtocol):
@@ -26,24 +31,34 @@ class _Protocol(HttpToolsProtocol):
         super().connection_made(transport)
         self._header_bytes = 0
         self._in_headers = True
+        self._refused = False
         self._writing: asyncio.TimerHandle | None = None
         self._reading = self._wait_for_headers()
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self._in_headers:
-            self._header_bytes += len(data)
-            if self._header_bytes > _MOST_HEADER_BYTES:
-                self._refuse(b"431 Request Header Fields Too Large")
+        # Headers in pieces: one call may bring too many of them together with their end.
+        while data and not self._refused and not self.transport.is_closing():
+            size = _PIECE_BYTES if self._in_headers else len(data)
+            piece, data = data[:size], data[size:]
+            if self._in_headers:
+                self._header_bytes += size
+            if self._header_bytes > _MOST_HEADER_BYTES + _PIECE_BYTES:
+                limit = f"the headers have more than {_MOST_HEADER_BYTES} bytes; send less"
+                self._refuse(ApiError(431, limit))
+                return
+            super().data_received(piece)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        if not self._in_headers:
-            self._in_headers, self._header_bytes = True, 0
-            self._reading = self._wait_for_headers()
+        self._reading.cancel()
+        self._reading = self._wait_for_headers()
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._in_headers = True
 
     def on_headers_complete(self) -> None:
-        self._in_headers = False
+        self._in_headers, self._header_bytes = False, 0
         self._reading.cancel()
         super().on_headers_complete()
 
@@ -63,13 +78,28 @@ class _Protocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def _wait_for_headers(self) -> asyncio.TimerHandle:
-        return self.loop.call_later(self.header_timeout, self._refuse, b"408 Request Timeout")
+        late = f"the headers did not come within {self.header_timeout:g} s; send them faster"
+        return self.loop.call_later(self.header_timeout, self._refuse, ApiError(408, late))
 
-    def _refuse(self, status: bytes) -> None:
-        self.transport.write(
-            b"HTTP/1.1 " + status + b"\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
-        )
-        self.transport.close()
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(ApiError(400, f"this is no HTTP/1.1: {msg}"))
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answer without the application, and close."""
+        self._refused = True
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or not cycle.response_started:
+            request_id.set(name := new_id())
+            response = error_response(error, {"Connection": "close", "X-Request-Id": name})
+            lines = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}".encode()]
+            lines += [b"%b: %b" % header for header in response.raw_headers]
+            self.transport.write(b"\r\n".join([*lines, b"", bytes(response.body)]))
+        if self._in_headers and self.transport.can_write_eof():
+            # To close while bytes come is to reset: the client might never see the answer.
+            self.transport.write_eof()
+            self.loop.call_later(_LINGER_SECONDS, self.transport.close)
+        else:
+            self.transport.close()
 
 
 def protocol_of(config: ServerConfig) -> type[Any]:

@@ -10,11 +10,11 @@ from kvant.server.config import ServerConfig
 from kvant.server.errors import ApiError
 from kvant.server.schema import ResponseFormat, Sampling
 
-__all__ = ["constraint_of", "generation_config", "sequences"]
+__all__ = ["constraint_name", "constraint_of", "generation_config", "sequences"]
 
 
-def sequences(n: int | None, prompts: int, config: ServerConfig) -> int:
-    """How many sequences ``n`` completions of each prompt are.
+def sequences(n: int | None, prompts: int, config: ServerConfig, name: str = "n") -> int:
+    """How many sequences ``n`` completions of each prompt are; ``name`` is the field that says it.
 
     Raises:
         ApiError: 400, more than the server allows.
@@ -23,9 +23,9 @@ def sequences(n: int | None, prompts: int, config: ServerConfig) -> int:
     if count > config.max_n:
         raise ApiError(
             400,
-            f"n={n or 1} completions of {prompts} prompts are {count} sequences, and the limit is "
-            f"{config.max_n}; send several requests",
-            param="n",
+            f"{name}={n or 1} completions of {prompts} prompts are {count} sequences, and the "
+            f"limit is {config.max_n}; send several requests",
+            param="prompt" if (n or 1) == 1 else name,
         )
     return count
 
@@ -138,6 +138,13 @@ def constraint_of(
     return None
 
 
+def constraint_name(body: Sampling) -> str:
+    """The field that the constraint of a request comes from."""
+    names = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs")
+    given = (name for name in (*names, "response_format") if getattr(body, name, None) is not None)
+    return next(given, "tools")  # a forced call is a constraint too
+
+
 def _plain(found: ResponseFormat | None) -> dict[str, Any] | None:
     if found is None or found.type == "text":
         return None
@@ -155,4 +162,6 @@ def _schema(value: dict[str, Any] | str | None, name: str) -> dict[str, Any] | N
         schema = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"{name} is not valid JSON: {error}", param=name) from None
+    if not isinstance(schema, dict):
+        raise ApiError(400, f"{name} must be a JSON schema, an object", param=name)
     return {"type": "json_schema", "json_schema": {"name": "schema", "schema": schema}}

@@ -8,9 +8,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
 
 __all__ = [
+    "FIELDS",
     "ChatRequest",
     "CompletionRequest",
     "DetokenizeRequest",
@@ -23,10 +31,40 @@ __all__ = [
 Probability = Annotated[float, Field(ge=0, le=1)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 _SEED_BITS = 63
+_MOST_FIELDS = 100
+_MOST_MESSAGES = 10_000
+
+
+def _few(most: int) -> BeforeValidator:
+    """Look at the length of an object first: millions of members are millions of errors."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > most:
+            raise ValueError(f"{len(value)} members are given, and the limit is {most}")
+        return value
+
+    return BeforeValidator(check)
+
+
+# Lists fail at the first wrong element, for the same reason.
+Words = Annotated[list[str], Field(fail_fast=True)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+BadWord = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_count(cls, data: Any) -> Any:
+        if isinstance(data, dict) and len(data) > _MOST_FIELDS:
+            raise ValueError(
+                f"{len(data)} parameters are given, and no more than {_MOST_FIELDS} are known"
+            )
+        return data
 
     @model_validator(mode="before")
     @classmethod
@@ -49,7 +87,7 @@ class StructuredOutputs(_Strict):
 
     json_: dict[str, Any] | str | None = Field(None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Words | None = None
     grammar: str | None = None
     json_object: bool | None = None
 
@@ -69,20 +107,24 @@ class Sampling(_Strict):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
-        None, description="token id (as text, as JSON has it) to what is added to its logit"
-    )
+    logit_bias: (
+        Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], _few(10_000)] | None
+    ) = Field(None, description="token id (as text, as JSON has it) to what is added to its logit")
     seed: Annotated[int, Field(ge=-(2**_SEED_BITS), lt=2**_SEED_BITS)] | None = None
-    stop: str | list[Annotated[str, StringConstraints(min_length=1, max_length=1000)]] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] | None = None
-    bad_words: Annotated[list[str], Field(max_length=1024)] | None = None
+    stop: (
+        Annotated[str, StringConstraints(max_length=1000)]
+        | Annotated[list[Stop], Field(fail_fast=True)]
+        | None
+    ) = None
+    stop_token_ids: Annotated[TokenIds, Field(max_length=1024)] | None = None
+    bad_words: Annotated[list[BadWord], Field(max_length=1024, fail_fast=True)] | None = None
     min_tokens: int | None = Field(None, ge=0, description="no end before this many")
     ignore_eos: bool | None = False
     skip_special_tokens: bool | None = True
     include_stop_str_in_output: bool | None = False
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Words | None = None
     guided_grammar: str | None = None
     structured_outputs: StructuredOutputs | None = None
     user: str | None = Field(None, description="taken, not used")
@@ -94,8 +136,8 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
     role: Annotated[str, StringConstraints(min_length=1, max_length=64)]
-    content: str | list[dict[str, Any]] | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    content: str | Objects | None = None
+    tool_calls: Objects | None = None
     tool_call_id: str | None = None
     name: str | None = None
 
@@ -120,14 +162,16 @@ class ResponseFormat(_Strict):
 class ChatRequest(Sampling):
     """``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[
+        list[Message], Field(min_length=1, max_length=_MOST_MESSAGES, fail_fast=True)
+    ]
     max_tokens: int | None = Field(None, ge=1, description="default: what the context holds")
     max_completion_tokens: int | None = Field(None, ge=1)
     n: int | None = Field(None, ge=1)
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Objects | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = True
     add_generation_prompt: bool | None = True
@@ -136,11 +180,13 @@ class ChatRequest(Sampling):
     enable_thinking: bool | None = Field(None, description="given to the chat template")
     include_reasoning: bool | None = True
     store: Literal[False] | None = None
-    metadata: dict[str, str] | None = Field(None, description="taken, not used")
+    metadata: Annotated[dict[str, str], _few(_MOST_FIELDS)] | None = Field(
+        None, description="taken, not used"
+    )
     safety_identifier: str | None = Field(None, description="taken, not used")
     prompt_cache_key: str | None = Field(None, description="taken, not used")
     service_tier: Literal["auto", "default"] | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> ChatRequest:
@@ -156,7 +202,9 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     """``POST /v1/completions``."""
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: (
+        str | Words | TokenIds | Annotated[list[TokenIds], Field(max_length=1024, fail_fast=True)]
+    )
     max_tokens: int | None = Field(None, ge=0, description="default 16; 0 with echo")
     n: int | None = Field(None, ge=1)
     best_of: int | None = Field(None, ge=1, description="generate as many, answer the n likeliest")
@@ -181,7 +229,7 @@ class GenerateRequest(Sampling):
     """``POST /generate``: token ids or text in, token ids and text out."""
 
     prompt: str | None = None
-    input_ids: list[TokenId] | None = None
+    input_ids: TokenIds | None = None
     max_tokens: int | None = Field(None, ge=1, description="default 128")
     return_logprob: bool | None = False
 
@@ -197,7 +245,9 @@ class TokenizeRequest(_Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: Annotated[list[Message], Field(max_length=_MOST_MESSAGES, fail_fast=True)] | None = (
+        None
+    )
     add_special_tokens: bool | None = True
     add_generation_prompt: bool | None = True
 
@@ -212,8 +262,13 @@ class DetokenizeRequest(_Strict):
     """``POST /detokenize``."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: TokenIds
     skip_special_tokens: bool | None = False
+
+
+_BODIES = ChatRequest, CompletionRequest, GenerateRequest, TokenizeRequest, DetokenizeRequest
+FIELDS = frozenset(name for body in _BODIES for name in body.model_fields)
+"""Names of what requests may have."""
 
 
 # ---------------------------------------------------------------------------------------- answers
@@ -373,6 +428,23 @@ class ErrorAnswer(BaseModel):
     """Every answer that is no success."""
 
     error: Error
+
+
+class Health(BaseModel):
+    """The answer of ``/health``. ``step_seconds``: the engine is at a step for so long."""
+
+    status: str
+    model: str
+    running: int | None = None
+    waiting: int | None = None
+    step_seconds: float | None = None
+    error: str | None = None
+
+
+class Ready(BaseModel):
+    """The answer of ``/ready``."""
+
+    status: str
 
 
 class Model(BaseModel):

@@ -14,7 +14,7 @@ from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from kvant.engine.engine import CacheMap, EngineStats
-from kvant.errors import EngineDeadError, KvantError
+from kvant.errors import EngineDeadError, KvantError, RequestError
 from kvant.formats import PAGE_TOKENS
 from kvant.request import Request
 from kvant.server.config import ServerConfig
@@ -228,6 +228,23 @@ class Service:
         threads = self._compiling if compiles else self._threads
         run = copy_context().run
         return await asyncio.get_running_loop().run_in_executor(threads, run, function)
+
+    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
+        """The token ids of a text, on any thread.
+
+        Raises:
+            RequestError: it is no valid Unicode, or surely exceeds the context. That is found out
+                before it is tokenized, which takes long and a hundred bytes of memory for a token.
+        """
+        pipe = self.pipe
+        limit, longest = pipe.model.engine.session_len, pipe.tokenizer.longest_token
+        if len(text) > limit * longest:
+            raise RequestError(
+                f"the prompt has {len(text)} characters, and the limit is {limit} tokens, each of "
+                f"{longest} characters at most: shorten it, or raise session_len or the KV cache's "
+                "size"
+            )
+        return pipe.tokenizer.encode(text, add_special=add_special)
 
     def run(self, requests: Iterable[Request]) -> Running:
         """Give requests to the engine."""

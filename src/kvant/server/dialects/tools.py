@@ -125,7 +125,7 @@ def _choice(choice: object, functions: Mapping[str, Function]) -> tuple[str, str
             f'tool_choice {choice!r} is unknown; use "auto", "none", "required" or '
             '{"type": "function", "function": {"name": ...}}'
         )
-    if name not in functions:
+    if str(name) not in functions:
         raise RequestError(
             f"tool_choice names {name!r}, which is not among the tools"
             + did_you_mean(str(name), functions)
