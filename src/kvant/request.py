@@ -80,10 +80,8 @@ class Request:
     holding: Holding = field(default_factory=Holding)
     cached_tokens: int = 0
     num_preemptions: int = 0
-    submitted: float = 0.0
-    """When the engine got it, in seconds of ``time.perf_counter``."""
     started: float | None = None
-    """When the first step with it began."""
+    """When the first step with it began, in seconds of ``time.perf_counter``."""
 
     counts: Counter[int] = field(init=False)
     """How often each token was generated."""

@@ -182,7 +182,6 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Queue a request; its outputs go to ``request.deliver``, the last one with a
         ``finish_reason``. Prompts must have passed :meth:`validate`."""
-        request.submitted = time.perf_counter()
         self._requests[request.id] = request
         self.scheduler.add(request)
         self._prompt_tokens += request.num_prompt
@@ -199,8 +198,13 @@ class Engine:
 
     def fail_all(self, error: str) -> None:
         """End every request with an error."""
+        last = Output(finish_reason="error", error=error)
         for request in list(self._requests.values()):
-            self._finish(request, Output(finish_reason="error", error=error))
+            try:
+                self._finish(request, last)
+            except Exception:  # what failed may have left queues and pages in disorder
+                self._requests.pop(request.id, None)
+                self._deliver(request, last)
 
     def clear_prefix_cache(self) -> None:
         """Forget cached prefixes that no running request holds."""
@@ -316,11 +320,11 @@ class Engine:
             return
         try:
             text = request.text.push(token) if request.text else ""
+            reason, problem = _ending(request)
         except Exception as error:
-            _log.exception("request %d: its detokenizer failed", request.id)
-            self._finish(request, Output(finish_reason="error", error=f"detokenizer: {error!r}"))
+            _log.exception("request %d: its detokenizer or constraint failed", request.id)
+            self._finish(request, Output(finish_reason="error", error=f"the text: {error!r}"))
             return
-        reason, problem = _ending(request)
         output = Output(text, (token,), logprobs, reason, problem)
         if reason:
             self._finish(request, output)

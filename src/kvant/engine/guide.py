@@ -210,7 +210,9 @@ class _Trial:
     def check(self, grammar: str) -> str:
         """What is wrong with a grammar; empty if it compiles within the limits."""
         with self._lock:
-            process = self._process or self._start()
+            process = self._process
+            if process is None or process.poll() is not None:
+                process = self._start()
             answer, late = _ask(process, grammar, self._limits.max_seconds)
             if answer is not None:
                 return str(answer)

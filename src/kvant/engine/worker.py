@@ -216,8 +216,9 @@ class EngineWorker:
         except BaseException as error:
             with self._lock:
                 self._failure = error
-            with suppress(Exception):
-                self._obey(block=False)
+            while not self._commands.empty():  # one that fails keeps no other from its turn
+                with suppress(Exception):
+                    self._commands.get()()
             self._busy_since = None
             self._engine.fail_all(f"the engine failed: {_text(error)}")
 

@@ -30,6 +30,8 @@ __all__ = ["Tokenizer"]
 
 T = TypeVar("T")
 
+_MANY_TOKENS = 1024
+
 
 class Tokenizer:
     """One model's tokenizer. Threads may share it.
@@ -73,7 +75,9 @@ class Tokenizer:
             RequestError: the text holds half of a surrogate pair, which is no character.
         """
         try:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+            # As a batch: that alone lets other threads run meanwhile.
+            (encoding,) = self._backend.encode_batch([text], add_special_tokens=False)
+            ids: list[int] = encoding.ids
         except TypeError:
             raise RequestError(
                 "the text holds an unpaired surrogate (U+D800 to U+DFFF); send valid Unicode"
@@ -83,6 +87,9 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of ``ids``. Bytes that are no UTF-8 become U+FFFD; ids beyond the vocabulary,
         which padded models can produce, become nothing."""
+        if len(ids) > _MANY_TOKENS:  # as a batch: that lets other threads run meanwhile
+            (text,) = self._backend.decode_batch([list(ids)], skip_special_tokens=skip_special)
+            return str(text)
         return self._backend.decode(list(ids), skip_special_tokens=skip_special)
 
     def to_json(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import ExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Protocol
@@ -65,24 +66,29 @@ async def answer(
         ApiError: the request is refused, or failed.
         KvantError: what ``prepare`` found wrong.
     """
+    arrived, constraint = time.perf_counter(), constraint_name(body)
     with ExitStack() as admission:
         admission.enter_context(service.admission(count))
-        constraint = constraint_name(body)
+        preparing = service.prepare(prepare, compiles=compiles)
         try:
-            requests, form = await service.prepare(prepare, compiles=compiles)
+            async with _watched(http.receive, preparing.cancel) as client:
+                requests, form = await preparing
         except RequestError as error:
             raise _about(str(error), constraint) or error from None
-        running = service.run(requests)
+        except asyncio.CancelledError:
+            if client.gone:
+                return Response(status_code=_CLIENT_GONE)
+            raise
+        running = service.run(requests, arrived, stream=bool(body.stream))
         if body.stream:
             return _EventStream(running, form, constraint, admission.pop_all())
-        async with _watched(http.receive, running) as client:
+        async with _watched(http.receive, running.abort) as client:
             async for events in running.events():
                 for index, output in events:
                     if client.gone:
                         return Response(status_code=_CLIENT_GONE)
                     _check(output, constraint)
-                    for _ in form.add(index, output):
-                        pass
+                    form.add(index, output)
         return Response(json.dumps(form.whole()), media_type=_JSON)
 
 
@@ -113,7 +119,7 @@ class _EventStream(Response):
         # Proxies must not collect what should be seen at once.
         headers.append((b"x-accel-buffering", b"no"))
         with self._admission:
-            async with _watched(receive, self._running):
+            async with _watched(receive, self._running.abort):
                 await send({"type": "http.response.start", "status": 200, "headers": headers})
                 async for text in self._events():
                     await send(_body(text, more=True))
@@ -168,15 +174,15 @@ class _Client:
 
 
 @asynccontextmanager
-async def _watched(receive: Receive, running: Running) -> AsyncIterator[_Client]:
-    """While inside, the client's leaving aborts what runs; so does leaving early."""
+async def _watched(receive: Receive, stop: Callable[[], object]) -> AsyncIterator[_Client]:
+    """While inside, the client's leaving stops what is done for it; so does leaving early."""
     client = _Client()
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
         client.gone = True
-        running.abort()
+        stop()
 
     watcher = asyncio.create_task(watch())
     try:
@@ -185,4 +191,4 @@ async def _watched(receive: Receive, running: Running) -> AsyncIterator[_Client]
         watcher.cancel()
         with suppress(asyncio.CancelledError):
             await watcher
-        running.abort()
+        stop()

@@ -32,7 +32,7 @@ _PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-cache",
 }
-_EVENTS = {"text/event-stream": {"schema": {"type": "string", "description": "with stream=true"}}}
+_EVENTS = {"text/event-stream": {"schema": {"description": "with stream=true: events with pieces"}}}
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": schema.ErrorAnswer, "description": text}
     for status, text in {
@@ -114,13 +114,13 @@ def _add_openai(app: FastAPI, service: Service) -> None:
         return await complete(service, body, http)
 
     def model() -> dict[str, Any]:
-        loaded = service.state not in ("starting", "failed")
+        facts = service.facts
         return {
             "id": service.model_name,
             "object": "model",
             "created": service.created,
             "owned_by": "kvant",
-            "max_model_len": service.facts.session_len if loaded else None,
+            "max_model_len": facts.session_len if facts else None,
         }
 
     @app.get("/v1/models", tags=["OpenAI"], response_model=schema.Models, responses=_ERRORS)

@@ -134,7 +134,8 @@ class _Choice:
 
     def __init__(self, parser: OutputParser) -> None:
         self.parser = parser
-        self.answer = Answer()
+        self.answer = Answer()  # of a whole answer; a stream has passed it on
+        self.called = False
         self.logprobs: list[dict[str, Any]] = []
         self.finish_reason: str | None = None
 
@@ -195,10 +196,12 @@ class _Form:
         if output.finish_reason is not None:
             pieces.append(choice.parser.finish())
         for piece in pieces:
-            choice.answer.add(piece)
+            choice.called |= bool(piece.tool_calls)
+            if not self._streamed:
+                choice.answer.add(piece)
         if output.finish_reason is not None:
             # A call that was cut is none to make: then it stays "length".
-            called = choice.answer.calls and output.finish_reason == "stop"
+            called = choice.called and output.finish_reason == "stop"
             choice.finish_reason = "tool_calls" if called else output.finish_reason
         if not self._streamed:
             choice.logprobs += logprobs or []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import statistics
 import time
@@ -81,12 +82,12 @@ class _PromptLogprobs:
                 self._found[position] = self._of(row, self._ids[position])
 
     def _of(self, row: NDArray[np.float32], token: int) -> dict[int, float]:
-        exact = row.astype(np.float64)
-        norm = exact.max() + np.log(np.exp(exact - exact.max()).sum())
+        best = row.max()
+        norm = float(best) + math.log(np.exp(row - best).sum(dtype=np.float64))
         count = min(self._count, len(row))
-        top = np.argpartition(exact, -count)[-count:].tolist() if count else []
-        top.sort(key=lambda other: (-exact[other], other))
-        return {other: float(exact[other] - norm) for other in dict.fromkeys([*top, token])}
+        top = np.argpartition(row, -count)[-count:].tolist() if count else []
+        top.sort(key=lambda other: (-row[other], other))
+        return {other: float(row[other]) - norm for other in dict.fromkeys([*top, token])}
 
     def tokens(self) -> list[tuple[int, dict[int, float] | None]]:
         """Each token and what was likely there; nothing is known of the first."""

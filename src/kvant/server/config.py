@@ -45,7 +45,7 @@ class ServerConfig:
     reasoning: bool = option(True, "split reasoning from answers where the template has it")
 
     max_queue: int = option(1024, "sequences that may wait for a place; more get 429")
-    max_body: int | str = option("16MiB", "longest request body")
+    max_body: int | str = option("4MiB", "longest request body")
     max_n: int = option(128, "most completions of a request (n, best_of) and prompts in it")
     max_stop: int = option(16, "most stop strings of a request")
     max_logit_bias: int = option(1024, "most entries of logit_bias")
@@ -82,7 +82,8 @@ class ServerConfig:
             ("drain_timeout", 0, 86400),
         ):
             value = getattr(self, name)
-            if not low <= value <= high:
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not low <= value <= high:
                 raise ConfigError(f"{name}={value} must be from {low} to {high}")
         for name, known in (
             ("log_level", ("debug", "info", "warning", "error")),
@@ -121,8 +122,11 @@ class ServerConfig:
         """With the model's name and the keys of all sources filled in.
 
         Raises:
-            ConfigError: the file of keys cannot be read or has none.
+            ConfigError: a key is empty or cannot be in a header, or the file of keys cannot
+            be read or has none.
         """
+        if not all(key.strip() for key in self.api_keys or ()):
+            raise ConfigError("an API key is empty; give one, or leave the option out")
         keys = [*(self.api_keys or ()), *os.environ.get(KEYS_VARIABLE, "").split(",")]
         if self.api_key_file is not None:
             keys += _keys_of(Path(self.api_key_file))

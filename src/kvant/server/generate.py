@@ -99,6 +99,7 @@ class _Form:
 
 async def tokenize(service: Service, body: TokenizeRequest) -> dict[str, Any]:
     """The token ids of a prompt or a conversation."""
+    service.check_open()
     service.check_model(body.model)
     pipe = service.pipe
 
@@ -117,14 +118,14 @@ async def tokenize(service: Service, body: TokenizeRequest) -> dict[str, Any]:
 
 async def detokenize(service: Service, body: DetokenizeRequest) -> dict[str, Any]:
     """The text of token ids."""
+    service.check_open()
     service.check_model(body.model)
     pipe = service.pipe
     size = pipe.model.config.vocab_size
-    for token in body.tokens:
-        if token >= size:
-            raise ApiError(
-                400, f"tokens has {token}, and the model knows 0 to {size - 1}", param="tokens"
-            )
+    if (largest := max(body.tokens, default=0)) >= size:
+        raise ApiError(
+            400, f"tokens has {largest}, and the model knows 0 to {size - 1}", param="tokens"
+        )
 
     def run() -> str:
         try:

@@ -37,6 +37,7 @@ _SECONDS = (
 _TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
 _RATIOS = tuple(tenth / 10 for tenth in range(11))
 _SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128)
+_CLIENT_GONE = 499  # as nginx has it
 _TIMES_AGAIN = (0, 1, 2, 5, 10)
 
 
@@ -199,7 +200,7 @@ class Metrics:
     def http(self, route: str, status: int, seconds: float) -> None:
         """Count an HTTP request. ``route`` is a template, never a path as sent; status 0 means that
         the client left before the answer began."""
-        kind = f"{status // 100}xx" if status else "gone"
+        kind = "gone" if status in (0, _CLIENT_GONE) else f"{status // 100}xx"
         self._http.labels(self._model_name, route, kind).inc()
         self._http_seconds.labels(self._model_name, route).observe(seconds)
 

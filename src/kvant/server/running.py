@@ -50,6 +50,8 @@ class Running:
         worker: the engine, which gets them at once.
         requests: the sequences.
         on_end: called when the last one has ended.
+        arrived: when the client asked, in seconds of ``time.perf_counter``.
+        stream: whether :meth:`events` tells of outputs as they come, or of all at the end.
 
     Raises:
         EngineDeadError: the engine failed or was closed.
@@ -62,9 +64,12 @@ class Running:
         metrics: Metrics,
         requests: Sequence[Request],
         on_end: Callable[[Running], None],
+        *,
+        arrived: float,
+        stream: bool,
     ) -> None:
         self.requests = list(requests)
-        self.arrived = time.perf_counter()
+        self._asked, self._stream = arrived, stream
         self._worker = worker
         self._metrics = metrics
         self._on_end = on_end
@@ -80,11 +85,12 @@ class Running:
     def receive(self, index: int, output: Output, when: float) -> None:
         """Take an output, on the loop."""
         self._arrived.append((index, output))
-        self._ready.set()
+        if self._stream or output.finish_reason in ("error", "abort"):
+            self._ready.set()
         if output.token_ids:
             if self._first[index] is None:
                 self._first[index] = when
-                self._metrics.first_token(when - self.arrived)
+                self._metrics.first_token(when - self._asked)
             else:
                 self._metrics.tokens_came(when - self._last[index], len(output.token_ids))
             self._last[index] = when
@@ -92,6 +98,7 @@ class Running:
             self._open.discard(index)
             self._count(index, output, when)
             if not self._open:
+                self._ready.set()
                 self._on_end(self)
 
     async def events(self) -> AsyncIterator[list[tuple[int, Output]]]:
@@ -119,10 +126,10 @@ class Running:
                 prompt_tokens=request.num_prompt,
                 cached_tokens=request.cached_tokens,
                 generated_tokens=request.num_generated,
-                queue_s=None if started is None else started - request.submitted,
+                queue_s=None if started is None else started - self._asked,
                 prefill_s=None if started is None or first is None else first - started,
                 decode_s=None if first is None else when - first,
-                e2e_s=when - self.arrived,
+                e2e_s=when - self._asked,
                 preemptions=request.num_preemptions,
                 max_tokens=request.gen.max_new_tokens,
                 n=request.gen.n,

@@ -85,13 +85,14 @@ def _logit_bias(bias: dict[str, float] | None, config: ServerConfig) -> dict[int
     if not bias:
         return None
     _check_length("logit_bias", len(bias), config.max_logit_bias)
-    try:
-        return {int(token): value for token, value in bias.items()}
-    except ValueError:
-        raise ApiError(
-            400, f"logit_bias: keys must be token ids (got {ascii(next(iter(bias)))[:80]})",
-            param="logit_bias",
-        ) from None  # fmt: skip
+    for token in bias:
+        if not (token.isascii() and token.isdigit()):
+            raise ApiError(
+                400,
+                f"logit_bias: keys must be token ids (got {ascii(token)[:80]})",
+                param="logit_bias",
+            )
+    return {int(token): value for token, value in bias.items()}
 
 
 def _check_length(name: str, length: int, limit: int) -> None:

@@ -117,7 +117,7 @@ class Sampling(_Strict):
         | None
     ) = None
     stop_token_ids: Annotated[TokenIds, Field(max_length=1024)] | None = None
-    bad_words: Annotated[list[BadWord], Field(max_length=1024, fail_fast=True)] | None = None
+    bad_words: Annotated[list[BadWord], Field(max_length=64, fail_fast=True)] | None = None
     min_tokens: int | None = Field(None, ge=0, description="no end before this many")
     ignore_eos: bool | None = False
     skip_special_tokens: bool | None = True

@@ -127,6 +127,7 @@ def uvicorn_config(config: ServerConfig, service: Service) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # anybody could claim an address
         backlog=_BACKLOG,
         timeout_keep_alive=config.keep_alive,
         timeout_graceful_shutdown=_CLOSING_SECONDS,

@@ -7,13 +7,13 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from kvant.engine.engine import CacheMap, EngineStats
+from kvant.engine.engine import CacheMap, Engine, EngineStats
 from kvant.errors import EngineDeadError, KvantError, RequestError
 from kvant.formats import PAGE_TOKENS
 from kvant.request import Request
@@ -35,6 +35,8 @@ State = Literal["starting", "ready", "draining", "failed"]
 _PREPARING_THREADS = 4
 """Prompts are tokenized, and constraints compiled, beside the loop; these on threads of their own,
 so that slow ones hold up nobody else."""
+_MOST_COMPILING = 32
+"""Constraints that may wait: a slow one takes all of its time-out."""
 _ANSWER_SECONDS = 1.0
 """How long /health waits for the engine before it looks at the clock of the step."""
 _SNAPSHOT_SECONDS = 0.2
@@ -43,8 +45,15 @@ _RETRY_SECONDS = 60
 """Most that Retry-After says."""
 
 
+class _Threads(ThreadPoolExecutor):
+    def waiting(self) -> int:
+        """Work that no thread has taken yet."""
+        return self._work_queue.qsize()
+
+
 class Service:
-    """One engine and all that is asked of it. Its methods are called on the event loop.
+    """One engine and all that is asked of it. Its methods are called on the event loop, but for
+    :attr:`pipe`, :attr:`dialect` and :meth:`encode`, which any thread may use.
 
     Args:
         config: resolved options.
@@ -63,13 +72,14 @@ class Service:
         self.metrics = Metrics(self.model_name)
         self.created = int(time.time())
         self.load_error: Exception | None = None
+        self.facts: CacheFacts | None = None
         self._load, self._on_failure = load, on_failure
         self._pipe: Pipeline | None = None
         self._dialect: Dialect | None = None
         self._draining = False
         self._courier: Courier | None = None
-        self._threads = ThreadPoolExecutor(_PREPARING_THREADS, "kvant-prepare")
-        self._compiling = ThreadPoolExecutor(_PREPARING_THREADS, "kvant-compile")
+        self._threads = _Threads(_PREPARING_THREADS, "kvant-prepare")
+        self._compiling = _Threads(_PREPARING_THREADS, "kvant-compile")
         self._active: set[Running] = set()
         self._admitted = 0
         self._idle = asyncio.Event()
@@ -99,7 +109,9 @@ class Service:
 
         def load() -> None:
             try:
-                done: Pipeline | Exception = self._load()
+                pipe = self._load()
+                _warm_up(pipe)
+                done: Pipeline | Exception = pipe
             except Exception as error:
                 done = error
             with suppress(RuntimeError):  # the server was stopped meanwhile
@@ -129,7 +141,6 @@ class Service:
         self._dialect = dialect_of(template, parser, is_special)
         self.facts = facts
         self._pipe = done
-        self._compiling.submit(_warm_up, done)
         log.info(
             "ready: %s, KV %s, %g bytes/token, %d tokens fit, tool calls as %s",
             self.model_name,
@@ -167,10 +178,15 @@ class Service:
 
     @property
     def pipe(self) -> Pipeline:
-        """The loaded model.
+        """The loaded model, for requests that were let in."""
+        assert self._pipe is not None, "asked before the model was there"
+        return self._pipe
+
+    def check_open(self) -> None:
+        """Let a request in, or say why not.
 
         Raises:
-            ApiError: 503, it is loading, or the server is on its way out.
+            ApiError: 503, the model is loading, or the server is on its way out.
             EngineDeadError: the engine failed.
         """
         if self._pipe is None and not self._draining:
@@ -180,7 +196,6 @@ class Service:
             raise ApiError(503, "the server is shutting down; ask another", retry_after=5)
         if (failure := self._pipe.worker.failure) is not None:
             raise EngineDeadError(f"the engine failed ({failure}); restart the server")
-        return self._pipe
 
     @property
     def dialect(self) -> Dialect:
@@ -203,8 +218,10 @@ class Service:
         """A place for ``count`` sequences, waiting or running, until the context ends.
 
         Raises:
-            ApiError: 429, the queue is full; 503 as :attr:`pipe` has it.
+            ApiError: 429, the queue is full; 503 as :meth:`check_open` has it.
+            EngineDeadError: the engine failed.
         """
+        self.check_open()
         most = self.pipe.model.engine.stats().max_running + self.config.max_queue
         if self._admitted + count > most and self._admitted:
             self.metrics.rejected("queue_full")
@@ -223,11 +240,24 @@ class Service:
             if not self._admitted:
                 self._idle.set()
 
-    async def prepare(self, function: Callable[[], T], *, compiles: bool = False) -> T:
-        """Run what takes long beside the loop; ``compiles`` says that it compiles a constraint."""
+    def prepare(self, function: Callable[[], T], *, compiles: bool = False) -> asyncio.Future[T]:
+        """Run what takes long beside the loop; ``compiles`` says that it compiles a constraint.
+        Cancelled before its turn, it is not run.
+
+        Raises:
+            ApiError: 429, too many constraints wait to be compiled.
+        """
+        if compiles and self._compiling.waiting() >= _MOST_COMPILING:
+            self.metrics.rejected("queue_full")
+            raise ApiError(
+                429,
+                f"{_MOST_COMPILING} requests with constraints wait to be compiled, and that is the "
+                "limit; try again later",
+                retry_after=math.ceil(self.config.grammar_timeout),
+            )
         threads = self._compiling if compiles else self._threads
         run = copy_context().run
-        return await asyncio.get_running_loop().run_in_executor(threads, run, function)
+        return asyncio.get_running_loop().run_in_executor(threads, run, function)
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         """The token ids of a text, on any thread.
@@ -246,11 +276,18 @@ class Service:
             )
         return pipe.tokenizer.encode(text, add_special=add_special)
 
-    def run(self, requests: Iterable[Request]) -> Running:
-        """Give requests to the engine."""
+    def run(self, requests: Sequence[Request], arrived: float, *, stream: bool) -> Running:
+        """Give requests to the engine; ``arrived`` is when the client asked, by
+        ``time.perf_counter``."""
         assert self._courier is not None, "the service was not started"
         running = Running(
-            self.pipe.worker, self._courier, self.metrics, list(requests), self._ended
+            self.pipe.worker,
+            self._courier,
+            self.metrics,
+            requests,
+            self._ended,
+            arrived=arrived,
+            stream=stream,
         )
         self._active.add(running)
         return running
@@ -299,19 +336,24 @@ class Service:
         found: dict[str, Any] = {"model": self.model_name, "uptime_s": uptime}
         if self._pipe is None:
             return found
-        engine = self._pipe.model.engine
+        assert self.facts is not None, "set with the pipeline"
         try:
-            future = self._pipe.worker.ask(lambda one: one.cache_map(_SNAPSHOT_REQUESTS))
-            pages = await asyncio.wrap_future(future)
+            future = self._pipe.worker.ask(_stats_and_map)
+            stats, pages = await asyncio.wrap_future(future)
         except EngineDeadError:
+            stats = self._pipe.model.engine.stats()
             pages = CacheMap(cached=(), requests=())
-        return {**found, **_kv_of(self.facts), **_stats_of(engine.stats()), **_map_of(pages)}
+        return {**found, **_kv_of(self.facts), **_stats_of(stats), **_map_of(pages)}
+
+
+def _stats_and_map(engine: Engine) -> tuple[EngineStats, CacheMap]:
+    return engine.stats(), engine.cache_map(_SNAPSHOT_REQUESTS)
 
 
 def _warm_up(pipe: Pipeline) -> None:
     try:
         pipe.guides.warm_up()
-    except KvantError as error:
+    except (KvantError, OSError) as error:
         log.warning("requests with constraints will be refused: %s", error)
 
 

@@ -107,7 +107,7 @@ export async function* streamChat(body, signal) {
       if (data === "[DONE]") return;
       const chunk = JSON.parse(data);
       if (chunk.error) {
-        throw new ApiError(chunk.error.message, { status: chunk.error.status ?? 500, requestId });
+        throw new ApiError(chunk.error.message, { status: Number(chunk.error.code) || 500, requestId });
       }
       yield chunk;
     }
