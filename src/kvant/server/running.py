@@ -97,6 +97,7 @@ class Running:
         if output.finish_reason is not None:
             self._open.discard(index)
             self._count(index, output, when)
+            self.requests[index].deliver = _ignore  # no cycle is left for the garbage collector
             if not self._open:
                 self._ready.set()
                 self._on_end(self)
@@ -135,6 +136,10 @@ class Running:
                 n=request.gen.n,
             )
         )
+
+
+def _ignore(output: Output) -> None:
+    """Nothing follows a last output."""
 
 
 def _merged(arrived: list[tuple[int, Output]]) -> list[tuple[int, Output]]:

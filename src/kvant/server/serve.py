@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import socket
@@ -77,9 +78,16 @@ def serve(config: ServerConfig, load: Callable[[], Pipeline]) -> None:
         ConfigError: the address cannot be listened on, or TLS files are no good.
         KvantError: what ``load`` raised.
     """
+
+    def load_and_settle() -> Pipeline:
+        pipe = load()
+        gc.collect()
+        gc.freeze()  # what lives as long as the process need not be looked at again and again
+        return pipe
+
     configure_log(config.log_level, config.log_format)
     listener = _listen(config)
-    service = Service(config, load, lambda: server.stop())
+    service = Service(config, load_and_settle, lambda: server.stop())
     server = _Server(uvicorn_config(config, service), service)
     host, port = listener.getsockname()[:2]
     scheme = "https" if config.ssl_certfile else "http"
