@@ -131,7 +131,7 @@ def test_servers_that_cannot_be_talked_to(talk: Run, run: Run, fake: FakeOpenAI)
         (("--server", "x", "--kv", "int8"), "--kv does not go with --server"),
         (("--server", "x", "--no-enable-prefix-caching"), "does not go with --server"),
         (("--server", "x", "--chat-template", "a"), "--chat-template does not go with"),
-        (("--server", "x", "--bad-words", "a"), "--bad-words does not go with"),
+        (("--server", "x", "--bad-token-ids", "1"), "--bad-token-ids does not go with"),
         (("--server", "x", "--temperature", "3"), "temperature=3.0 must be from 0 to 2"),
     ),
 )

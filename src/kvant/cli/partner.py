@@ -27,8 +27,8 @@ Message = Mapping[str, Any]
 
 _PATIENCE = 10.0  # seconds to connect, and for the list of models; an answer may take any time
 
-# How the server calls what GenerationConfig calls otherwise. bad_words and bad_token_ids it has
-# not; do_sample is a temperature.
+# How the server calls what GenerationConfig calls otherwise; do_sample is a temperature, and
+# bad_token_ids it has not.
 _NAMES = {
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
@@ -38,7 +38,7 @@ _NAMES = {
 _SAME = (
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
     "frequency_penalty", "ignore_eos", "stop_token_ids", "skip_special_tokens",
-    "include_stop_str_in_output",
+    "include_stop_str_in_output", "bad_words", "logit_bias", "response_format",
 )  # fmt: skip
 
 
@@ -268,7 +268,7 @@ def _fields(options: Namespace) -> dict[str, Any]:
     """
     given = vars(options)
     engine = [field.name for field in dataclasses.fields(EngineConfig)]
-    for name in (*engine, "bad_words", "bad_token_ids", "chat_template"):
+    for name in (*engine, "bad_token_ids", "chat_template"):
         if given.get(name) is not None:
             raise ConfigError(
                 f"--{name.replace('_', '-')} does not go with --server: it is the server's "

@@ -106,7 +106,7 @@ class Guide:
 class GuideFactory:
     """Makes guides for one tokenizer and a model with logits of ``vocab_size`` tokens. Costs
     nothing until the first constraint. Threads may share it; compiling takes up to twice
-    ``limits.max_seconds``, in the calling thread."""
+    ``limits.max_seconds`` in the calling thread, after those that wait before it."""
 
     def __init__(
         self, tokenizer: GuideTokenizer, vocab_size: int, limits: GuideLimits | None = None
@@ -214,9 +214,10 @@ class _Trial:
             if process is None or process.poll() is not None:
                 process = self._start()
             answer, late = _ask(process, grammar, self._limits.max_seconds)
-            if answer is not None:
+            if answer is not None and not late:
                 return str(answer)
             self._process = None
+            self._finalizer.detach()
             _end(process)
         if late:
             return f"compiling takes more than the limit of {self._limits.max_seconds:g} s"
@@ -237,7 +238,7 @@ class _Trial:
             encoding="utf-8",
             start_new_session=True,  # Ctrl-C is for this process; that one ends with it
         )
-        weakref.finalize(self, _end, process)
+        self._finalizer = weakref.finalize(self, _end, process)
         answer, _ = _ask(process, self._setup, _START_SECONDS)
         if answer is None:
             _end(process)

@@ -22,7 +22,7 @@ from kvant.server.service import Service
 
 if TYPE_CHECKING:
     from starlette.requests import Request as HttpRequest
-    from starlette.types import Receive, Scope, Send
+    from starlette.types import Message, Receive, Scope, Send
 
 __all__ = ["Form", "answer", "usage"]
 
@@ -121,32 +121,29 @@ class _EventStream(Response):
         with self._admission:
             async with _watched(receive, self._running.abort):
                 await send({"type": "http.response.start", "status": 200, "headers": headers})
-                async for text in self._events():
-                    await send(_body(text, more=True))
-            await send(_body("", more=False))
+                await self._write(send)
+            await send({"type": "http.response.body", "body": b""})
 
-    async def _events(self) -> AsyncIterator[str]:
+    async def _write(self, send: Send) -> None:
         try:
-            yield _written(self._form.begin())
-            async for events in self._running.events():
+            await send(_events(self._form.begin()))
+            async for outputs in self._running.events():
                 pieces: list[str] = []
-                for index, output in events:
+                for index, output in outputs:
                     _check(output, self._constraint)
                     pieces += self._form.add(index, output)
                 if pieces:
-                    yield _written(pieces)
-            yield _written([*self._form.end(), "[DONE]"])
+                    await send(_events(pieces))
+            await send(_events([*self._form.end(), "[DONE]"]))
         except Exception as error:
             self._running.abort()
-            yield _written([json.dumps(error_body(error_of(error)))])
+            await send(_events([json.dumps(error_body(error_of(error)))]))
 
 
-def _body(text: str, *, more: bool) -> dict[str, Any]:
-    return {"type": "http.response.body", "body": text.encode(), "more_body": more}
-
-
-def _written(events: Iterable[str]) -> str:
-    return "".join(f"data: {event}\n\n" for event in events)
+def _events(data: Iterable[str]) -> Message:
+    """A part of the body."""
+    text = "".join(f"data: {each}\n\n" for each in data)
+    return {"type": "http.response.body", "body": text.encode(), "more_body": True}
 
 
 def _about(message: str, constraint: str) -> ApiError | None:

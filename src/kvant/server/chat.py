@@ -14,7 +14,6 @@ from starlette.responses import Response
 
 from kvant.config import GenerationConfig
 from kvant.errors import RequestError
-from kvant.loading.chat import as_messages
 from kvant.loading.tokenizer import Tokenizer
 from kvant.request import Output, Request
 from kvant.server.answer import answer, usage
@@ -92,16 +91,9 @@ def render(
             "this model has no chat template, so it cannot chat; use /v1/completions, or start "
             "the server with --chat-template"
         )
-    plain = as_messages([_as_dict(message) for message in messages])
-    inputs = service.dialect.inputs(plain, tools)
+    given = [message.model_dump(exclude_none=True) for message in messages]
+    inputs = service.dialect.inputs(given, tools)
     return template.render(**inputs, add_generation_prompt=add_generation_prompt, **variables)
-
-
-def _as_dict(message: Message) -> dict[str, Any]:
-    found = message.model_dump(exclude_none=True)
-    if found["role"] == "developer":  # OpenAI's newer name
-        found["role"] = "system"
-    return found
 
 
 def _generation_config(

@@ -114,21 +114,27 @@ def _prompt(
     scores = None
     if body.echo and body.logprobs is not None:
         scores = _PromptLogprobs(ids, body.logprobs)
+    ranked = body.best_of is not None and body.best_of > (body.n or 1)
+    room = max(pipe.model.engine.session_len - len(ids), 1)
+    wanted = _DEFAULT_TOKENS if body.max_tokens is None else max(body.max_tokens, 1)
+    gen = generation_config(
+        body,
+        service.config,
+        n=each,
+        max_tokens=min(wanted, room),
+        logprobs=0 if body.logprobs is None and ranked else body.logprobs,
+        response_format=constraint,
+    )
     if body.max_tokens == 0:
+        if constraint is not None:
+            raise ApiError(
+                400, "max_tokens=0 generates nothing to constrain; leave the constraint out",
+                param="max_tokens",
+            )  # fmt: skip
         requests = [pipe.score_request(ids, scores or (lambda *_: None)) for _ in range(each)]
         for request in requests[1:]:
             request.leader = requests[0]
     else:
-        ranked = body.best_of is not None and body.best_of > (body.n or 1)
-        room = max(pipe.model.engine.session_len - len(ids), 1)
-        gen = generation_config(
-            body,
-            service.config,
-            n=each,
-            max_tokens=min(body.max_tokens or _DEFAULT_TOKENS, room),
-            logprobs=0 if body.logprobs is None and ranked else body.logprobs,
-            response_format=constraint,
-        )
         if scores is not None:
             gen = replace(gen, output_logits="all")
         requests = pipe.generate_requests(ids, gen)

@@ -77,14 +77,16 @@ class ServerConfig:
             ("header_timeout", 0.1, 3600),
             ("body_timeout", 0.1, 3600),
             ("write_timeout", 0.1, 3600),
-            ("keep_alive", 0.1, 3600),
-            ("stall_timeout", 1, 86400),
-            ("drain_timeout", 0, 86400),
+            ("keep_alive", 1, 3600),
+            ("stall_timeout", 1.0, 86400),
+            ("drain_timeout", 0.0, 86400),
         ):
             value = getattr(self, name)
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            kinds = float | int if isinstance(low, float) else int
+            is_number = isinstance(value, kinds) and not isinstance(value, bool)
             if not is_number or not low <= value <= high:
-                raise ConfigError(f"{name}={value} must be from {low} to {high}")
+                whole = "a number" if isinstance(low, float) else "a whole number"
+                raise ConfigError(f"{name}={value!r} must be {whole} from {low:g} to {high}")
         for name, known in (
             ("log_level", ("debug", "info", "warning", "error")),
             ("log_format", ("text", "json")),

@@ -11,6 +11,7 @@ import ssl
 import sys
 import threading
 from collections.abc import Callable
+from contextvars import Context
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ import uvicorn
 from kvant.errors import ConfigError
 from kvant.server.app import create_app
 from kvant.server.config import KEYS_VARIABLE, ServerConfig
+from kvant.server.heap import settle_heap
 from kvant.server.log import configure_log, log
 from kvant.server.protocol import protocol_of
 from kvant.server.service import Service
@@ -56,7 +58,8 @@ class _Server(uvicorn.Server):
         if self._loop is None:
             self.should_exit = True
         elif self._draining is None:
-            self._loop.call_soon_threadsafe(self._drain)
+            # In a context of its own: the signal came while some request was at work.
+            self._loop.call_soon_threadsafe(self._drain, context=Context())
         else:
             os._exit(128 + signal.Signals(sig))
 
@@ -100,6 +103,7 @@ def serve(config: ServerConfig, load: Callable[[], Pipeline]) -> None:
             config.server_name,
             KEYS_VARIABLE,
         )
+    settle_heap()
     sys.setswitchinterval(_SWITCH_SECONDS)
     server.run(sockets=[listener])
     if service.load_error is not None:

@@ -247,13 +247,13 @@ class Service:
         Raises:
             ApiError: 429, too many constraints wait to be compiled.
         """
-        if compiles and self._compiling.waiting() >= _MOST_COMPILING:
+        if compiles and (waiting := self._compiling.waiting()) >= _MOST_COMPILING:
             self.metrics.rejected("queue_full")
             raise ApiError(
                 429,
                 f"{_MOST_COMPILING} requests with constraints wait to be compiled, and that is the "
                 "limit; try again later",
-                retry_after=math.ceil(self.config.grammar_timeout),
+                retry_after=min(math.ceil(waiting * self.config.grammar_timeout), _RETRY_SECONDS),
             )
         threads = self._compiling if compiles else self._threads
         run = copy_context().run

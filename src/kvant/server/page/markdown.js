@@ -5,7 +5,7 @@ import { copyButton, el } from "./dom.js";
 const DEPTH = 8; // of nested blocks, and of nested emphasis: deeper markup stays text
 const SCHEMES = new Set(["http:", "https:", "mailto:"]);
 
-const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([^\s`]*)[^`]*$/;
+const FENCE = /^ {0,3}(`{3,}|~{3,})(.*)$/;
 const HEADING = /^ {0,3}(#{1,6})\s+(.*)$/;
 const RULE = /^ {0,3}([-*_])(?: *\1){2,} *$/;
 const QUOTE = /^ {0,3}> ?/;
@@ -28,7 +28,7 @@ function* blocks(lines) {
 
 function readBlock(lines, start) {
   const line = lines[start];
-  const fence = line.match(FENCE);
+  const fence = fenceOf(line);
   if (fence) return readFence(lines, start, fence);
   if (HEADING.test(line)) return { kind: "heading", end: start + 1 };
   if (RULE.test(line)) return { kind: "rule", end: start + 1 };
@@ -44,8 +44,15 @@ function readBlock(lines, start) {
   return { kind: "paragraph", end };
 }
 
+/** [mark, language] if a line opens a block of code. In code: a pattern for it backtracks. */
+function fenceOf(line) {
+  const [, mark, info] = line.match(FENCE) ?? [];
+  if (mark === undefined || info.includes("`")) return null;
+  return [mark, info.trim().split(/\s/, 1)[0]];
+}
+
 const opens = (line) =>
-  FENCE.test(line) || HEADING.test(line) || RULE.test(line) || QUOTE.test(line) || ITEM.test(line);
+  fenceOf(line) !== null || HEADING.test(line) || RULE.test(line) || QUOTE.test(line) || ITEM.test(line);
 
 const startsTable = (lines, i) =>
   lines[i].includes("|") && i + 1 < lines.length && lines[i + 1].includes("-") &&
@@ -57,7 +64,7 @@ function endOf(lines, start, belongs) {
   return end;
 }
 
-function readFence(lines, start, [, mark, language]) {
+function readFence(lines, start, [mark, language]) {
   const closing = new RegExp(`^ {0,3}\\${mark[0]}{${mark.length},}\\s*$`);
   let end = start + 1;
   while (end < lines.length && !closing.test(lines[end])) end += 1;
