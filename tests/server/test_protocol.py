@@ -113,7 +113,7 @@ def test_the_next_head_has_its_own_time() -> None:
 
 
 def test_an_idle_connection_is_closed() -> None:
-    with connecting(keep_alive=0.2) as connect:
+    with connecting(keep_alive=1) as connect:
         connection = connect()
         connection.sendall(GET)
         assert all_of(connection).startswith(b"HTTP/1.1 503 ")
