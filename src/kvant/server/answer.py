@@ -16,8 +16,6 @@ from kvant.errors import RequestError
 from kvant.request import Output, Request
 from kvant.server.errors import ApiError, error_body, error_of
 from kvant.server.running import Running
-from kvant.server.sampling import constraint_name
-from kvant.server.schema import Sampling
 from kvant.server.service import Service
 
 if TYPE_CHECKING:
@@ -55,21 +53,21 @@ async def answer(
     http: HttpRequest,
     count: int,
     prepare: Callable[[], tuple[list[Request], Form]],
-    body: Sampling,
     *,
-    compiles: bool,
+    stream: bool | None,
+    constraint: str | None,
 ) -> Response:
     """Run the ``count`` sequences that ``prepare`` makes of ``body`` (beside the loop), and answer.
-    ``compiles``: there is a constraint among what it makes.
+    ``constraint`` is the field that says what the answer must be, if one does.
 
     Raises:
         ApiError: the request is refused, or failed.
         KvantError: what ``prepare`` found wrong.
     """
-    arrived, constraint = time.perf_counter(), constraint_name(body)
+    arrived = time.perf_counter()
     with ExitStack() as admission:
         admission.enter_context(service.admission(count))
-        preparing = service.prepare(prepare, compiles=compiles)
+        preparing = service.prepare(prepare, compiles=constraint is not None)
         try:
             async with _watched(http.receive, preparing.cancel) as client:
                 requests, form = await preparing
@@ -79,8 +77,8 @@ async def answer(
             if client.gone:
                 return Response(status_code=_CLIENT_GONE)
             raise
-        running = service.run(requests, arrived, stream=bool(body.stream))
-        if body.stream:
+        running = service.run(requests, arrived, stream=bool(stream))
+        if stream:
             return _EventStream(running, form, constraint, admission.pop_all())
         async with _watched(http.receive, running.abort) as client:
             async for events in running.events():
@@ -109,7 +107,9 @@ class _EventStream(Response):
     """Server-sent events. If something fails there is an event ``{"error": ...}``, and no
     ``[DONE]``."""
 
-    def __init__(self, running: Running, form: Form, constraint: str, admission: ExitStack) -> None:
+    def __init__(
+        self, running: Running, form: Form, constraint: str | None, admission: ExitStack
+    ) -> None:
         super().__init__(media_type="text/event-stream")
         self._constraint = constraint
         self._running, self._form, self._admission = running, form, admission
@@ -146,14 +146,14 @@ def _events(data: Iterable[str]) -> Message:
     return {"type": "http.response.body", "body": text.encode(), "more_body": True}
 
 
-def _about(message: str, constraint: str) -> ApiError | None:
+def _about(message: str, constraint: str | None) -> ApiError | None:
     """An error about a constraint, under the name that the client gave it; None of others."""
-    if not message.startswith("response_format") or constraint == "response_format":
+    if not message.startswith("response_format") or constraint in (None, "response_format"):
         return None
     return ApiError(400, re.sub(r"^\w+(\.\w+)?", constraint, message), param=constraint)
 
 
-def _check(output: Output, constraint: str) -> None:
+def _check(output: Output, constraint: str | None) -> None:
     """Raise what a client is told of a sequence that did not end well."""
     if output.finish_reason == "error":
         message = output.error or "the request failed"

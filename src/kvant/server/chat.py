@@ -20,7 +20,7 @@ from kvant.server.answer import answer, usage
 from kvant.server.dialects import Answer, Delta, OutputParser, ToolDelta, Tools, check_tools
 from kvant.server.errors import ApiError
 from kvant.server.log import log_prompt
-from kvant.server.sampling import constraint_of, generation_config, sequences
+from kvant.server.sampling import Constraint, constraint_of, generation_config, sequences
 from kvant.server.schema import ChatRequest, Message
 from kvant.server.service import Service
 
@@ -35,8 +35,10 @@ async def chat(service: Service, body: ChatRequest, http: HttpRequest) -> Respon
     service.check_model(body.model)
     count = sequences(body.n, 1, service.config)
 
-    constraint = constraint_of(body, body.response_format, service.config)
-    compiles = constraint is not None or body.tool_choice not in (None, "auto", "none")
+    constraint = constraint_of(body, body.response_format)
+    field = constraint.field if constraint else None
+    if body.tool_choice not in (None, "auto", "none"):
+        field = "tools"  # a forced call is a constraint too
 
     def prepare() -> tuple[list[Request], _Form]:
         pipe, dialect = service.pipe, service.dialect
@@ -51,7 +53,7 @@ async def chat(service: Service, body: ChatRequest, http: HttpRequest) -> Respon
         parsers = [dialect.parser(text, tools, reasoning=reasoning) for _ in requests]
         return requests, _Form(service, body, requests, parsers)
 
-    return await answer(service, http, count, prepare, body, compiles=compiles)
+    return await answer(service, http, count, prepare, stream=body.stream, constraint=field)
 
 
 def _add_prompt(body: ChatRequest) -> bool:
@@ -100,7 +102,7 @@ def _generation_config(
     service: Service,
     body: ChatRequest,
     forced: dict[str, Any] | None,
-    constraint: dict[str, Any] | None,
+    constraint: Constraint | None,
     num_prompt: int,
 ) -> GenerationConfig:
     if forced is not None and constraint is not None:
@@ -116,7 +118,7 @@ def _generation_config(
         n=body.n,
         max_tokens=min(wanted or room, room),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        response_format=forced or constraint,
+        response_format=forced or (constraint and constraint.format),
     )
     return gen if service.dialect.skip_special_tokens else replace(gen, skip_special_tokens=False)
 

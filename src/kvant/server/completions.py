@@ -22,7 +22,7 @@ from kvant.request import Output, Request
 from kvant.server.answer import answer, usage
 from kvant.server.errors import ApiError
 from kvant.server.log import log_prompt
-from kvant.server.sampling import constraint_of, generation_config, sequences
+from kvant.server.sampling import Constraint, constraint_of, generation_config, sequences
 from kvant.server.schema import CompletionRequest
 from kvant.server.service import Service
 
@@ -38,7 +38,7 @@ async def complete(service: Service, body: CompletionRequest, http: HttpRequest)
     each = body.best_of or body.n or 1
     name = "n" if body.best_of is None else "best_of"
     count = sequences(each, len(prompts), service.config, name)
-    constraint = constraint_of(body, body.response_format, service.config)
+    constraint = constraint_of(body, body.response_format)
 
     def prepare() -> tuple[list[Request], _Form]:
         parts: list[_Prompt] = []
@@ -53,8 +53,8 @@ async def complete(service: Service, body: CompletionRequest, http: HttpRequest)
         form = _Form(service, body, parts)
         return [request for part in parts for request in part.requests], form
 
-    compiles = constraint is not None
-    return await answer(service, http, count, prepare, body, compiles=compiles)
+    field = constraint and constraint.field
+    return await answer(service, http, count, prepare, stream=body.stream, constraint=field)
 
 
 def _prompts(body: CompletionRequest) -> list[str] | list[list[int]]:
@@ -106,7 +106,7 @@ class _Prompt:
 def _prompt(
     service: Service,
     body: CompletionRequest,
-    constraint: dict[str, Any] | None,
+    constraint: Constraint | None,
     prompt: str | list[int],
     ids: list[int],
 ) -> _Prompt:
@@ -123,7 +123,7 @@ def _prompt(
         n=each,
         max_tokens=min(wanted, room),
         logprobs=0 if body.logprobs is None and ranked else body.logprobs,
-        response_format=constraint,
+        response_format=constraint and constraint.format,
     )
     if body.max_tokens == 0:
         if constraint is not None:

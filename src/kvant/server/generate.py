@@ -28,7 +28,7 @@ _DEFAULT_TOKENS = 128  # LMDeploy's
 async def generate(service: Service, body: GenerateRequest, http: HttpRequest) -> Response:
     """Continue one prompt."""
     service.check_model(body.model)
-    constraint = constraint_of(body, None, service.config)
+    constraint = constraint_of(body, None)
 
     def prepare() -> tuple[list[Request], _Form]:
         pipe = service.pipe
@@ -43,13 +43,13 @@ async def generate(service: Service, body: GenerateRequest, http: HttpRequest) -
             n=1,
             max_tokens=min(body.max_tokens or _DEFAULT_TOKENS, room),
             logprobs=0 if body.return_logprob else None,
-            response_format=constraint,
+            response_format=constraint and constraint.format,
         )
         requests = pipe.generate_requests(ids, gen)
         return requests, _Form(requests[0], stream=bool(body.stream))
 
-    compiles = constraint is not None
-    return await answer(service, http, 1, prepare, body, compiles=compiles)
+    field = constraint and constraint.field
+    return await answer(service, http, 1, prepare, stream=body.stream, constraint=field)
 
 
 class _Form:

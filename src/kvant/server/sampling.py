@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvant.config import GenerationConfig
 from kvant.server.config import ServerConfig
 from kvant.server.errors import ApiError
 from kvant.server.schema import ResponseFormat, Sampling
 
-__all__ = ["constraint_name", "constraint_of", "generation_config", "sequences"]
+__all__ = ["Constraint", "constraint_of", "generation_config", "sequences"]
 
 
 def sequences(n: int | None, prompts: int, config: ServerConfig, name: str = "n") -> int:
@@ -100,13 +100,18 @@ def _check_length(name: str, length: int, limit: int) -> None:
         raise ApiError(400, f"{name} has {length} entries, and the limit is {limit}", param=name)
 
 
-def constraint_of(
-    body: Sampling, response_format: ResponseFormat | None, config: ServerConfig
-) -> dict[str, Any] | None:
-    """The constraint of a request as ``GenerationConfig.response_format`` has it.
+class Constraint(NamedTuple):
+    """What ``GenerationConfig.response_format`` gets, and the field of the request it is from."""
+
+    field: str
+    format: dict[str, Any]
+
+
+def constraint_of(body: Sampling, response_format: ResponseFormat | None) -> Constraint | None:
+    """The constraint of a request, if it has one.
 
     Raises:
-        ApiError: 400, there are several, or it is too long.
+        ApiError: 400, there are several, or a schema is not valid JSON.
     """
     given = body.structured_outputs
     found = {
@@ -129,21 +134,7 @@ def constraint_of(
     some = {name: value for name, value in found.items() if value is not None}
     if len(some) > 1:
         raise ApiError(400, f"{' and '.join(some)} are given; use one of them", param=min(some))
-    for name, value in some.items():
-        size = len(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
-        if size > config.grammar_limit:
-            raise ApiError(
-                400, f"{name} has {size} bytes, and the limit is {config.grammar_limit}", param=name
-            )
-        return value
-    return None
-
-
-def constraint_name(body: Sampling) -> str:
-    """The field that the constraint of a request comes from."""
-    names = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs")
-    given = (name for name in (*names, "response_format") if getattr(body, name, None) is not None)
-    return next(given, "tools")  # a forced call is a constraint too
+    return next((Constraint(*item) for item in some.items()), None)
 
 
 def _plain(found: ResponseFormat | None) -> dict[str, Any] | None:
