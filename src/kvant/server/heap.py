@@ -1,9 +1,9 @@
 """glibc's heap in a process that runs for weeks.
 
 Steps allocate arrays whose sizes change with the batch. glibc keeps what they leave in an arena for
-each thread, where it lies in pieces: in four minutes of load the memory of a server of a small model
-grew by 4 to 6 % without anything being held (docs/log.md). So there is one arena, and what is free
-in it goes back to the system now and then.
+each thread, where it lies in pieces: in four minutes of load the memory of a server of a small
+model grew by 4 to 6 % without anything being held (docs/log.md). So there is one arena, and what is
+free in it goes back to the system now and then.
 """
 
 from __future__ import annotations
