@@ -57,7 +57,7 @@ async def answer(
     stream: bool | None,
     constraint: str | None,
 ) -> Response:
-    """Run the ``count`` sequences that ``prepare`` makes of ``body`` (beside the loop), and answer.
+    """Run the ``count`` sequences that ``prepare`` makes (beside the loop), and answer.
     ``constraint`` is the field that says what the answer must be, if one does.
 
     Raises:
