@@ -251,9 +251,10 @@ class Pipeline:
         self.run(requests)
         return losses
 
-    def score_request(self, ids: Sequence[int], sink: LogitsSink) -> Request:
+    def score_request(self, ids: Sequence[int], sink: LogitsSink, *, first: int = 0) -> Request:
         """A request that generates nothing: ``sink(start, logits)`` receives the logits of every
-        position. Run it with :meth:`run`."""
+        position from ``first`` on; what comes before may be found in the cache. After a preemption
+        it receives them again. Run it with :meth:`run`."""
         self.model.engine.validate(ids, generate=False)
         return Request(
             id=self.worker.new_id(),
@@ -262,6 +263,7 @@ class Pipeline:
             gen=GenerationConfig(output_logits="all"),
             max_tokens=len(ids),
             logits_sink=sink,
+            logits_from=first,
         )
 
     def generate_requests(self, ids: Sequence[int], gen: GenerationConfig) -> list[Request]:
@@ -371,6 +373,7 @@ class Pipeline:
             ),
             logits_sink=_Logits() if gen.output_logits else None,
             leader=leader,
+            common=0 if leader is None else len(ids),
         )
 
     def _check_token_ids(self, gen: GenerationConfig) -> None:

@@ -57,8 +57,12 @@ class Request:
     """A sequence: its tokens, how many of them are computed, and the pages it holds.
 
     ``computed`` tokens have their keys and values in pages and a step closes part of the gap to
-    ``len(tokens)``; there is no other notion of prompt and decode phase. ``leader`` is a request
-    with the same prompt whose pages can be shared once it has computed them.
+    ``len(tokens)``; there is no other notion of prompt and decode phase.
+
+    ``leader`` is a request that begins with the same ``common`` tokens, whose pages are shared
+    once it has computed them; a leader makes a halt at ``fork_at`` tokens, so that others can part
+    from it there. If ``logits_sink`` wants all logits it gets those of positions from
+    ``logits_from`` on.
     """
 
     id: int
@@ -73,7 +77,10 @@ class Request:
     text: TextStream | None = None
     logits_sink: LogitsSink | None = None
     guide: Guide | None = None
+    logits_from: int = 0
     leader: Request | None = None
+    common: int = 0
+    fork_at: int = 0
 
     status: Status = Status.WAITING
     computed: int = 0
@@ -105,6 +112,13 @@ class Request:
 
     @property
     def wants_all_logits(self) -> bool:
-        """Whether logits of every position go to ``logits_sink``: the prompt must then be
-        computed, not found in the cache."""
+        """Whether logits of every position from ``logits_from`` on go to ``logits_sink``, not only
+        those that tokens are sampled from."""
         return self.logits_sink is not None and self.gen.output_logits == "all"
+
+    @property
+    def adoptable(self) -> int:
+        """How many of the first tokens need not be computed but can be found in the cache: the
+        last one's logits are wanted at least."""
+        last = len(self.tokens) - 1
+        return min(last, self.logits_from) if self.wants_all_logits else last

@@ -69,7 +69,7 @@ class Simulation:
     def submit(self, tokens: list[int]) -> Sequence:
         """Start a sequence with what the cache has of it."""
         seq = Sequence(tokens)
-        seq.computed = self.cache.adopt_prefix(seq.holding, tokens)
+        seq.computed = self.cache.adopt_prefix(seq.holding, tokens, len(tokens) - 1)
         self.alive.append(seq)
         return seq
 
@@ -109,7 +109,7 @@ class Simulation:
     def preempt(self, seq: Sequence) -> None:
         """Take a sequence's pages away and start it again with what can still be found."""
         self.cache.release(seq.holding)
-        seq.computed = self.cache.adopt_prefix(seq.holding, seq.tokens)
+        seq.computed = self.cache.adopt_prefix(seq.holding, seq.tokens, len(seq.tokens) - 1)
 
     def fork(self, parent: Sequence, end: int, tail: list[int]) -> Sequence:
         """A sequence with the first ``end`` computed tokens of ``parent``, then ``tail``."""

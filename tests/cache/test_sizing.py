@@ -69,7 +69,7 @@ def test_a_server_of_one_sequence_keeps_the_sinks_of_several_prompts() -> None:
     for seen in (0, 576, 576):
         for tokens in prompts:
             holding = Holding()
-            assert cache.adopt_prefix(holding, tokens) == seen
+            assert cache.adopt_prefix(holding, tokens, len(tokens) - 1) == seen
             cache.reserve(holding, seen, 640)
             cache.commit(holding, tokens, 640)
             cache.release(holding)

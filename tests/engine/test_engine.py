@@ -46,6 +46,7 @@ class Client:
             max_tokens=min(len(prompt) + new, self.engine.session_len),
             deliver=self.outputs[request_id].append,
             leader=leader,
+            common=len(prompt) if leader else 0,
             stop_ids=stop_ids,
             seed=seed,
         )

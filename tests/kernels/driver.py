@@ -119,14 +119,14 @@ class Driver:
             for ours, theirs in ((q, like.q), (k, like.k), (v, like.v)):
                 ours[:, :shared] = theirs[:, :shared]
         seq = Sequence(tokens, q, k, v, out=np.full_like(q, np.nan))
-        seq.computed = seq.adopted = self.cache.adopt_prefix(seq.holding, tokens)
+        seq.computed = seq.adopted = self.cache.adopt_prefix(seq.holding, tokens, len(tokens) - 1)
         return seq
 
     def replay(self, seq: Sequence) -> Sequence:
         """A new sequence with the inputs of one from a driver of the same spec."""
         out = np.full_like(seq.q, np.nan)
         new = Sequence(list(seq.tokens), seq.q, seq.k, seq.v, out)
-        new.computed = new.adopted = self.cache.adopt_prefix(new.holding, new.tokens)
+        new.computed = new.adopted = self.cache.adopt_prefix(new.holding, new.tokens, len(new.tokens) - 1)
         return new
 
     def fork(self, parent: Sequence, length: int) -> Sequence:

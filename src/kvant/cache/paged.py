@@ -101,14 +101,14 @@ class PagedCache:
         border = end - end % PAGE_TOKENS
         return border if end < target and border > start else end
 
-    def adopt_prefix(self, holding: Holding, tokens: Sequence[int]) -> int:
-        """Take the cached pages that match the start of ``tokens``; returns the tokens they
-        hold. At least the last token is left to compute: its logits are wanted."""
+    def adopt_prefix(self, holding: Holding, tokens: Sequence[int], most: int) -> int:
+        """Take the cached pages that match the start of ``tokens``, at most ``most`` of them;
+        returns the tokens they hold."""
         if not self.prefix_caching:
             return 0
-        most = (len(tokens) - 1) // PAGE_TOKENS
-        self._hash_pages(holding, tokens, most)
-        for group, digest in enumerate(holding.hashes[:most]):
+        count = most // PAGE_TOKENS
+        self._hash_pages(holding, tokens, count)
+        for group, digest in enumerate(holding.hashes[:count]):
             pool = self._pool(group)
             page = pool.find(digest)
             if page is None:

@@ -18,9 +18,9 @@ __all__ = ["Slice", "StepPlan", "make_batch"]
 class Slice:
     """Compute positions ``[start, end)`` of a request.
 
-    ``pages`` and ``recent`` are what it holds for them (:mod:`kvant.cache.paged`). ``sample`` is
-    true when the last row's logits give the next token, ``all_logits`` when every row's are
-    wanted.
+    ``pages`` and ``recent`` are what it holds for them (:mod:`kvant.cache.paged`). The logits of
+    the last ``num_logits`` rows are wanted; ``sample`` is true when the last row's give the next
+    token.
     """
 
     request_id: int
@@ -30,12 +30,7 @@ class Slice:
     pages: tuple[PageId, ...]
     recent: PageId | None
     sample: bool
-    all_logits: bool
-
-    @property
-    def num_logits(self) -> int:
-        """Rows of logits that the slice asks for."""
-        return self.end - self.start if self.all_logits else int(self.sample)
+    num_logits: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,7 +73,8 @@ class Scheduler:
 
     def _grow(self, request: Request, budget: int, copies: list[PageCopy]) -> Slice | None:
         """A slice of at most ``budget`` rows for a running request; None if pages run out."""
-        start, target = request.computed, len(request.tokens)
+        start, length = request.computed, len(request.tokens)
+        target = request.fork_at if start < request.fork_at < length else length
         end = self.cache.chunk_end(start, min(target, start + budget), target)
         made = self.cache.reserve(request.holding, start, end)
         if made is None:
@@ -86,8 +87,8 @@ class Scheduler:
             end=end,
             pages=tuple(request.holding.pages),
             recent=request.holding.recent,
-            sample=end == target,
-            all_logits=request.wants_all_logits,
+            sample=end == length,
+            num_logits=_num_logits(request, end),
         )
 
     def _preempt_last(self) -> int:
@@ -130,26 +131,23 @@ class Scheduler:
 
     @staticmethod
     def _leader_is_ahead(request: Request) -> bool:
-        """Whether a request with the same prompt is about to compute it for this one too."""
+        """Whether another request is about to compute the beginning of this one too."""
         leader = request.leader
         return (
             leader is not None
-            and not request.wants_all_logits
             and leader.status is not Status.FINISHED
-            and leader.computed < request.num_prompt - 1
+            and leader.computed < min(request.common, request.adoptable)
         )
 
     def _adopt(self, request: Request) -> None:
         """Take over pages that hold the beginning of a request: its leader's or cached ones."""
-        leader = request.leader
-        if request.wants_all_logits:
-            return
+        leader, holding, most = request.leader, request.holding, request.adoptable
         if leader is not None and leader.status is Status.RUNNING and not request.num_generated:
             request.computed = self.cache.adopt_fork(
-                request.holding, leader.holding, leader.computed, request.num_prompt - 1
+                holding, leader.holding, leader.computed, min(request.common, most)
             )
         else:
-            request.computed = self.cache.adopt_prefix(request.holding, request.tokens)
+            request.computed = self.cache.adopt_prefix(holding, request.tokens, most)
 
     def check(self) -> None:
         """Raise AssertionError if queues or pages are inconsistent."""
@@ -163,3 +161,10 @@ class Scheduler:
         for r in self.running:
             assert 0 <= r.computed < len(r.tokens), "a running request has nothing to compute"
             assert len(r.holding.pages) >= self.cache.page_count(r.computed)
+
+
+def _num_logits(request: Request, end: int) -> int:
+    """Rows of logits that are wanted of a slice of a request from ``computed`` to ``end``."""
+    if request.wants_all_logits:
+        return max(end - max(request.computed, request.logits_from), 0)
+    return int(end == len(request.tokens))
