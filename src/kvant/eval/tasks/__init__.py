@@ -1,0 +1,1 @@
+"""Benchmark tasks: accuracy of KV formats on data sets, with lm-eval as the harness."""
