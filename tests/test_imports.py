@@ -35,6 +35,7 @@ ROWS = (
     ("api", "pipeline"),
     ("",),  # the public face: kvant/__init__.py
     ("bench", "eval", "server"),
+    ("report",),
     ("cli",),
     ("__main__",),
 )
