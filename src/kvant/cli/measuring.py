@@ -15,7 +15,7 @@ from kvant.cli.terminal import import_engine, progress
 from kvant.config import EngineConfig
 from kvant.errors import ConfigError, RequestError
 from kvant.figure import check_plot
-from kvant.machine import machine
+from kvant.machine import machine, package_version
 
 if TYPE_CHECKING:
     from kvant.engine.load import OpenModel
@@ -27,6 +27,7 @@ __all__ = [
     "check_targets",
     "find_model",
     "load_weights",
+    "need_harness",
     "numbers",
     "store",
     "ticking",
@@ -68,6 +69,12 @@ def check_targets(options: Namespace) -> None:
             raise RequestError(f"--{name} {path} is a folder or in a folder that is not there")
         if name == "plot":
             check_plot(Path(path))
+
+
+def need_harness(command: str) -> None:
+    """Raise ConfigError if lm-eval is not installed."""
+    if package_version("lm_eval") is None:
+        raise ConfigError(f'{command} needs lm-eval; run: pip install "kvant[eval]"')
 
 
 def find_model(options: Namespace, config: EngineConfig) -> OpenModel:

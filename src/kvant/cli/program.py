@@ -32,11 +32,14 @@ COMMANDS = {
     "info": "this machine, the KV formats, and what a model's cache takes",
     "eval": "what KV formats cost on a model and a text",
     "bench": "how fast formats, models and kernels are here",
+    "lm-eval": "the command line of lm_eval, with kvant among its models",
+    "report": "a page of what stored results say: accuracy, memory and speed of KV formats",
 }
 
 TASKS = {
     "eval": {
         "fidelity": "perplexity, divergence, greedy agreement, signal to noise of formats",
+        "tasks": "accuracy on benchmark data sets: MMLU, C-Eval, GSM8K, HellaSwag, ...",
         "tune": "the formats of each layer that lose least for a budget of bits",
     },
     "bench": {
@@ -111,6 +114,10 @@ def _dispatch(words: list[str]) -> int:
         )
     if first in TASKS:
         return _dispatch_task(first, words[1:])
+    if first == "lm-eval":
+        from kvant.cli.lm_eval import main as lm_eval
+
+        return lm_eval(words[1:])
     return _run(first, words[1:])
 
 
