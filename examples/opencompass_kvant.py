@@ -33,6 +33,9 @@ from opencompass.runners import LocalRunner
 from opencompass.tasks import OpenICLEvalTask, OpenICLInferTask
 
 servers = os.environ.get("KVANT_SERVERS", "kvant=http://127.0.0.1:23333/v1")
+columns = [server.strip().partition("=") for server in servers.split(",")]
+if not all(x and "/" not in x and address.startswith("http") for x, _, address in columns):
+    raise SystemExit(f"KVANT_SERVERS is {servers!r}; give LABEL=http://HOST:PORT/v1, with commas")
 model = os.environ.get("KVANT_MODEL", "kvant")
 concurrency = int(os.environ.get("KVANT_CONCURRENCY", "16"))
 limit = os.environ.get("KVANT_LIMIT", "")  # nothing: "[:]", all of them
@@ -54,9 +57,9 @@ for dataset in datasets:
 models = [
     {
         "type": OpenAISDK,
-        "abbr": server.partition("=")[0],
+        "abbr": label,
         "path": model,
-        "openai_api_base": server.partition("=")[2],
+        "openai_api_base": address,
         "key": os.environ.get("KVANT_API_KEY", "none"),
         "tokenizer_path": os.environ.get("KVANT_TOKENIZER", model),
         "meta_template": {
@@ -75,7 +78,7 @@ models = [
         "retry": 3,
         "timeout": 3600,
     }
-    for server in servers.split(",")
+    for label, _, address in columns
 ]
 
 # "n" data sets or subjects are one process, which takes some seconds to start.
@@ -88,4 +91,4 @@ eval = {
     "runner": {"type": LocalRunner, "max_num_workers": 2, "task": {"type": OpenICLEvalTask}},
 }
 
-del os, dataset, medium  # OpenCompass stores what is left as the configuration of the run
+del os, columns, dataset, medium  # OpenCompass stores what is left as the configuration of the run

@@ -95,6 +95,26 @@ def test_each_server_is_a_column(load: Any, monkeypatch: pytest.MonkeyPatch) -> 
     assert config["datasets"][0]["reader_cfg"]["test_range"] == "[:5]"
 
 
+@pytest.mark.parametrize(
+    "servers",
+    [
+        "",
+        "http://a:1/v1",
+        "http://a:1/v1?x=http://b",
+        "a=http://a:1,http://b:2",
+        "=http://a",
+        "a=b",
+    ],
+)
+def test_a_server_without_label_is_told_at_once(
+    load: Any, monkeypatch: pytest.MonkeyPatch, servers: str
+) -> None:
+    monkeypatch.setenv("KVANT_SERVERS", servers)
+    with pytest.raises(SystemExit, match="give LABEL=http://HOST:PORT/v1") as error:
+        load()
+    assert f"KVANT_SERVERS is {servers!r}" in str(error.value)
+
+
 def test_no_module_is_left_to_be_stored(load: Any) -> None:
     left = {k: v for k, v in load().items() if not k.startswith("__")}
     assert not [name for name, value in left.items() if isinstance(value, types.ModuleType)]

@@ -5,8 +5,9 @@ that the machine refuses is reported by its name, and no program is run. The ste
 
 1. New mount, pid, network, IPC, host name and cgroup namespaces, within a new user namespace where
    this process may not make them otherwise (``namespaces(7)``).
-2. A root folder in memory with the system's and Python's libraries, read-only, and a small
-   ``/tmp``. Everything else is unmounted (``pivot_root(2)``).
+2. A root folder in memory with the system's and Python's libraries, read-only with all that is
+   mounted below them (``mount_setattr(2)``), and a small ``/tmp``. Everything else is unmounted
+   (``pivot_root(2)``).
 3. A fork. The child is process 1 of its namespace: whatever it starts dies with it. It becomes
    ``nobody`` without capabilities, with limits (``setrlimit(2)``) and a filter that refuses the
    system calls that a computation has no use for, new processes among them (``seccomp(2)``).
@@ -16,6 +17,7 @@ that the machine refuses is reported by its name, and no program is run. The ste
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import platform
@@ -38,9 +40,10 @@ _NAMESPACES = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x20000000 | 0
 _USER_NAMESPACE = 0x10000000
 
 _RDONLY, _NOSUID, _NODEV, _NOEXEC, _REMOUNT, _BIND = 1, 2, 4, 8, 32, 4096
-_PRIVATE_ALL = 0x4000 | 0x40000
+_RECURSIVE, _PRIVATE = 0x4000, 0x40000
 _SEALED = _BIND | _REMOUNT | _RDONLY | _NOSUID | _NODEV
 _DETACH = 2
+_HERE, _AT_RECURSIVE = -100, 0x8000
 _ROOT = Path("/dev")  # the new root is mounted here: a folder that is always there, of no library
 
 _PDEATHSIG, _DUMPABLE, _SECCOMP, _CAPBSET_DROP, _NO_NEW_PRIVS = 1, 4, 22, 24, 38
@@ -92,6 +95,11 @@ def call(function: str, *arguments: Any) -> None:
         raise OSError(code, os.strerror(code))
 
 
+def system_call(name: str, *arguments: Any) -> None:
+    """One of ``_REFUSED``, which this process may make yet, by its number."""
+    call("syscall", _REFUSED[name][_MACHINES[platform.machine()][1]], *arguments)
+
+
 def mount(source: Path | str, target: Path, kind: str, flags: int, options: str = "") -> None:
     """``mount(2)``."""
     names = (os.fsencode(source), os.fsencode(target), os.fsencode(kind))
@@ -99,15 +107,29 @@ def mount(source: Path | str, target: Path, kind: str, flags: int, options: str 
 
 
 def isolate() -> None:
-    """New namespaces; in a user namespace where we may not make them otherwise."""
+    """New namespaces; in a user namespace where we may not make them or become nobody otherwise."""
     user, group = os.geteuid(), os.getegid()
-    try:
-        call("unshare", _NAMESPACES)
-    except PermissionError:
-        call("unshare", _NAMESPACES | _USER_NAMESPACE)
-        Path("/proc/self/setgroups").write_text("deny")
-        Path("/proc/self/uid_map").write_text(f"{_NOBODY} {user} 1")
-        Path("/proc/self/gid_map").write_text(f"{_NOBODY} {group} 1")
+    if knows_nobody():
+        try:
+            call("unshare", _NAMESPACES)
+        except PermissionError:
+            pass
+        else:
+            return
+    call("unshare", _NAMESPACES | _USER_NAMESPACE)
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"{_NOBODY} {user} 1")
+    Path("/proc/self/gid_map").write_text(f"{_NOBODY} {group} 1")
+
+
+def knows_nobody() -> bool:
+    """Whether nobody is a user and a group here: a user namespace may have no other than root."""
+    for name in ("uid_map", "gid_map"):
+        lines = Path("/proc/self", name).read_text().splitlines()
+        ranges = [[int(x) for x in line.split()] for line in lines]
+        if not any(first <= _NOBODY < first + length for first, _, length in ranges):
+            return False
+    return True
 
 
 def libraries() -> list[Path]:
@@ -122,24 +144,47 @@ def libraries() -> list[Path]:
     return found
 
 
+def show(source: Path, target: Path) -> None:
+    """Mounts a folder at another place too, read-only there, with all that is mounted below it.
+
+    A user namespace may not leave out what is mounted below. Linux before 5.12 cannot seal that
+    and leaves it out.
+    """
+    mount(source, target, "", _BIND | _RECURSIVE)
+    try:
+        seal(target)
+    except OSError as error:
+        # not there, also as a container's filter says it that does not know this call
+        if error.errno not in (errno.ENOSYS, errno.EPERM):
+            raise
+        call("umount2", os.fsencode(target), _DETACH)
+        mount(source, target, "", _BIND)
+        stays = os.statvfs(target).f_flag & _NOEXEC  # a user namespace may not take it away
+        mount("none", target, "", _SEALED | stays)
+
+
+def seal(folder: Path) -> None:
+    """Makes a mount and those below it read-only (``mount_setattr(2)``)."""
+    flags = _RDONLY | _NOSUID | _NODEV  # the values are mount(2)'s
+    given = struct.pack("=4Q", flags, 0, 0, 0)
+    system_call("mount_setattr", _HERE, os.fsencode(folder), _AT_RECURSIVE, given, len(given))
+
+
 def confine() -> None:
     """A new root: libraries to read, ``/tmp`` to write, nothing else."""
     sources = libraries()
-    mount("none", Path("/"), "", _PRIVATE_ALL)
+    mount("none", Path("/"), "", _PRIVATE | _RECURSIVE)
     mount("tmpfs", _ROOT, "tmpfs", _NOSUID | _NODEV, "mode=755,size=1m")
     for source in sources:
         target = _ROOT / source.relative_to("/")
         target.mkdir(parents=True)
-        mount(source, target, "", _BIND)
-        stays = os.statvfs(target).f_flag & _NOEXEC  # a user namespace may not take it away
-        mount("none", target, "", _SEALED | stays)
+        show(source, target)
     own = _ROOT / "tmp"
     own.mkdir()
     options = f"mode=1777,size={_DISK},nr_inodes=1024"
     mount("tmpfs", own, "tmpfs", _NOSUID | _NODEV | _NOEXEC, options)
     os.chdir(_ROOT)
-    number = _REFUSED["pivot_root"][_MACHINES[platform.machine()][1]]
-    call("syscall", number, b".", b".")  # the old root is then on top of the new one
+    system_call("pivot_root", b".", b".")  # the old root is then on top of the new one
     call("umount2", b".", _DETACH)
     mount("none", Path("/"), "", _SEALED)
     os.chdir("/tmp")
