@@ -70,7 +70,8 @@ def compare(exam: Exam, ours: KvantLM, theirs: HFLM) -> dict[str, Any]:
         same = [a == b for a, b in zip(*pair, strict=True)]
         row[f"{name}_percent"] = round(100 * sum(same) / len(same), 2)
     gap = abs(row["kvant"]["value"] - row["hf"]["value"])
-    row["difference_in_stderr"] = round(gap / row["hf"]["stderr"], 3) if row["hf"]["stderr"] else 0
+    stderr = row["hf"]["stderr"]
+    row["difference_in_stderr"] = round(gap / stderr, 3) if stderr else None
     return row
 
 
@@ -91,7 +92,8 @@ def main() -> None:
             options = Options(
                 data=args.data,
                 limits={name: args.limit},
-                count_tokens=lambda text: len(pipe.tokenizer.encode(text)),
+                longest=pipe.model.engine.session_len,
+                encode=pipe.tokenizer.encode,
             )
             rows.append(compare(open_exam(name, options), KvantLM(pipe), theirs))
             print(json.dumps(rows[-1]), file=sys.stderr)

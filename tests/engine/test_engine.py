@@ -33,6 +33,8 @@ class Client:
         gen: GenerationConfig | None = None,
         *,
         leader: Request | None = None,
+        common: int | None = None,
+        fork_at: int = 0,
         stop_ids: frozenset[int] = frozenset(),
         seed: int = 0,
     ) -> Request:
@@ -46,7 +48,8 @@ class Client:
             max_tokens=min(len(prompt) + new, self.engine.session_len),
             deliver=self.outputs[request_id].append,
             leader=leader,
-            common=len(prompt) if leader else 0,
+            common=(len(prompt) if leader else 0) if common is None else common,
+            fork_at=fork_at,
             stop_ids=stop_ids,
             seed=seed,
         )
@@ -182,6 +185,67 @@ def test_siblings_outlive_an_aborted_leader() -> None:
     client.run()
     assert client.reason(leader) == "abort"
     assert client.tokens(sibling) == continuation(prompt_of(100), 5)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("fork", [1, 63, 64, 65, 100, 128, 200])
+@pytest.mark.parametrize("budget", [7, 512])
+def test_requests_part_where_they_differ(spec: str, fork: int, budget: int) -> None:
+    """What they begin with is computed once, in the middle of a page or not, and nobody writes
+    into what another reads."""
+    client = Client(make_engine(spec, num_pages=40, num_recent=16, max_step_tokens=budget))
+    head, tails = prompt_of(fork), [prompt_of(9 + 20 * i, seed=i + 1) for i in range(4)]
+    leader = client.submit([*head, *tails[0]], 30, fork_at=fork)
+    followers = [client.submit([*head, *t], 30, leader=leader, common=fork) for t in tails[1:]]
+    computed = 0
+    while client.engine.has_work:
+        plan = client.engine.step()
+        assert plan is not None
+        computed += sum(part.end - part.start for part in plan.slices)
+    for request, tail in zip((leader, *followers), tails, strict=True):
+        assert client.tokens(request) == continuation([*head, *tail], 30)
+    once = fork + sum(map(len, tails)) + 4 * 29
+    if budget == 512:
+        assert computed == once
+    else:  # a leader that goes on while there is no row for followers leaves them its full pages
+        assert once <= computed <= once + 3 * 63
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_followers_outlive_their_leader(spec: str, steps: int) -> None:
+    """Aborted before, at or after its halt."""
+    client = Client(make_engine(spec, num_pages=40, num_recent=16, max_step_tokens=40))
+    head = prompt_of(100)
+    leader = client.submit([*head, 1, 2, 3], 5, fork_at=100)
+    followers = [client.submit([*head, n], 5, leader=leader, common=100) for n in (4, 5)]
+    for _ in range(steps):
+        client.engine.step()
+    client.engine.abort(leader.id)
+    client.run()
+    for request, last in zip(followers, (4, 5), strict=True):
+        assert client.tokens(request) == continuation([*head, last], 5)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_groups_under_one_header_with_too_few_pages(spec: str) -> None:
+    """Chains of leaders, preempted and waiting: nothing is lost, nobody waits for ever."""
+    client = Client(make_engine(spec, num_pages=7, num_recent=16, max_step_tokens=90))
+    header, work, before = prompt_of(130), [], None
+    for group in range(12):
+        context = [*header, *prompt_of(20 + group, seed=group + 1)]
+        first = client.submit(
+            [*context, 1], 50, leader=before, common=128 if before else 0, fork_at=len(context)
+        )
+        work.append((first, [*context, 1]))
+        for last in (2, 3):
+            ids = [*context, last]
+            work.append((client.submit(ids, 50, leader=first, common=len(context)), ids))
+        before = first
+    client.run()
+    for request, ids in work:
+        assert client.tokens(request) == continuation(ids, 50)
+    assert client.engine.stats().preemptions > 0
 
 
 @pytest.mark.parametrize(

@@ -94,11 +94,14 @@ def test_a_header_and_contexts_are_computed_once(tiny: Path, spec: str) -> None:
     assert computed == len(header) + sum(39 + 4 * 10 for _ in contexts)
 
 
-def test_the_beginning_of_what_is_too_long_is_left_out(tiny: Path) -> None:
+def test_the_beginning_of_what_is_too_long_is_left_out(
+    tiny: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     rng = random.Random(5)
     pairs: list[Pair] = [(rng.choices(range(3, 250), k=k), [9, 8, 7]) for k in (125, 126, 127, 400)]
     with _open(tiny, session_len=128) as pipe:
         found = dict(Scorer(pipe).loglikelihoods(pairs))
+        assert "2 of 4 prompts are longer than 128 tokens" in caplog.text
         for index, pair in enumerate(pairs):
             assert found[index].logprob == pytest.approx(_expected(pipe, pair).logprob, rel=1e-6)
 

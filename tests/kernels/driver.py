@@ -126,7 +126,9 @@ class Driver:
         """A new sequence with the inputs of one from a driver of the same spec."""
         out = np.full_like(seq.q, np.nan)
         new = Sequence(list(seq.tokens), seq.q, seq.k, seq.v, out)
-        new.computed = new.adopted = self.cache.adopt_prefix(new.holding, new.tokens, len(new.tokens) - 1)
+        new.computed = new.adopted = self.cache.adopt_prefix(
+            new.holding, new.tokens, len(new.tokens) - 1
+        )
         return new
 
     def fork(self, parent: Sequence, length: int) -> Sequence:

@@ -88,5 +88,10 @@ def note_text(options: Namespace, windows: Mapping[int, Sequence[object]]) -> No
 
 def store(options: Namespace, config: EngineConfig, text: Text, found: dict[str, Any]) -> str:
     """The JSON of a measurement, stored where the user wants it."""
-    about = {"model": options.model, "text": text.describe(), "dtype": config.dtype}
+    about = {
+        "model": options.model,
+        "text": text.describe(),
+        "dtype": config.dtype,
+        "weight_dtype": config.weight_dtype,
+    }
     return measuring.store(options, **about, **found)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from functools import partial
@@ -97,10 +97,13 @@ def run(options: Namespace) -> int:
     _check(options, names, specs)
     measuring.check_targets(options)
     opened = measuring.find_model(options, config)
+    # One length for all formats: a prompt that is cut must be cut alike.
+    longest = config.session_len or opened.config.max_positions
+    config = replace(config, session_len=longest)
     from kvant.eval.tasks.journal import Journal
     from kvant.eval.tasks.results import compare
 
-    exams = _open_exams(options, names, lengths, opened)
+    exams = _open_exams(options, names, lengths, opened, longest)
     weights = measuring.load_weights(options, config, opened)
     path = None if options.output is None else Path(f"{options.output}.answers.jsonl")
     with Journal(path, _identity(config, opened)) as journal:
@@ -137,7 +140,11 @@ def _check(options: Namespace, names: Sequence[str], specs: Sequence[KVSpec]) ->
 
 
 def _open_exams(
-    options: Namespace, names: Sequence[str], lengths: Sequence[int], opened: OpenModel
+    options: Namespace,
+    names: Sequence[str],
+    lengths: Sequence[int],
+    opened: OpenModel,
+    longest: int,
 ) -> list[Exam]:
     from kvant.eval.tasks.exam import Options, open_exam
 
@@ -153,7 +160,8 @@ def _open_exams(
         num_fewshot=options.num_fewshot,
         chat=chat.render if chat is not None and options.apply_chat_template else None,
         lengths=lengths,
-        count_tokens=lambda text: len(tokenizer.encode(text)),
+        longest=longest,
+        encode=tokenizer.encode,
     )
     with measuring.ticking("reading questions", len(names), shown=not options.json) as tick:
         exams = []
@@ -167,15 +175,14 @@ def _limits(text: str | None, names: Sequence[str]) -> dict[str, int]:
     """The limit of each task that has one."""
     limits: dict[str, int] = {}
     for piece in [] if text is None else text.split(","):
-        name, equals, value = piece.rpartition("=")
-        if not value.strip().isdecimal() or (equals and name.strip() not in names):
+        name, _, value = (part.strip() for part in piece.rpartition("="))
+        if not value.isdecimal() or name in limits or name not in ("", *names):
             raise ConfigError(
                 f'--limit "{text}" must be a number, or numbers of tasks that are asked, as '
                 f"400,{names[0]}=100"
             )
-        chosen = [name.strip()] if equals else [each for each in names if each not in limits]
-        limits |= dict.fromkeys(chosen, int(value))
-    return limits
+        limits[name] = int(value)
+    return {each: limits.get(each, limits.get("", 0)) for each in names if {each, ""} & {*limits}}
 
 
 def _identity(config: EngineConfig, opened: OpenModel) -> dict[str, Any]:
@@ -213,14 +220,14 @@ def _answers(
     from kvant.eval.tasks.harness import KvantLM
     from kvant.eval.tasks.results import task_row
 
-    rows = []
-    for spec in specs:
+    def answer(spec: KVSpec) -> Iterator[dict[str, Any]]:
         with Pipeline(start_model(opened, weights, replace(config, kv=spec))) as pipe:
             for exam in exams:
                 progress = partial(_progress, f"{spec.label}: {exam.name}", not options.json)
                 lm = KvantLM(pipe, journal=journal, progress=progress)
-                rows.append(task_row(exam, spec, opened.config.kv_shape, exam.ask(lm)))
-    return rows
+                yield task_row(exam, spec, opened.config.kv_shape, exam.ask(lm))
+
+    return [row for spec in specs for row in answer(spec)]
 
 
 def _progress(
@@ -249,7 +256,8 @@ def _describe(
         "weight_dtype": config.weight_dtype,
         "data": "hub" if options.data is None else "local",
         "harness": {"lm_eval": package_version("lm_eval")},
-        "limit": options.limit,
+        "limit": _limits(options.limit, [row["task"] for row in rows]) or None,
+        "session_len": config.session_len,
         "chat_template": options.apply_chat_template,
         "baseline": rows[0]["kv_spec"],
         "results": rows,

@@ -12,6 +12,8 @@ from kvant.cli.measuring import need_harness
 
 __all__ = ["main"]
 
+_BATCH = ("--batch_size", "auto")
+
 _USAGE = """usage: kvant lm-eval [options of lm_eval]
 
 The command line of lm_eval, with kvant among its models:
@@ -37,6 +39,9 @@ def main(words: Sequence[str]) -> int:
 
     import kvant.eval.tasks.harness  # noqa: F401 - makes the model known
 
-    sys.argv = ["lm_eval", *words]
+    # lm_eval says 1 to a model if nobody says anything, for models that would run out of memory.
+    runs = words[0] not in ("ls", "validate")
+    batch = () if {"--batch_size", "-b"} & {word.partition("=")[0] for word in words} else _BATCH
+    sys.argv = ["lm_eval", *words, *(batch if runs else ())]
     cli_evaluate()
     return 0

@@ -117,8 +117,18 @@ def store(options: Namespace, **found: Any) -> str:
     }
     stored = json.dumps(document, indent=2, allow_nan=False)
     if options.output is not None:
-        Path(options.output).write_text(stored + "\n", encoding="utf-8")
+        _write(Path(options.output), stored + "\n")
     return stored
+
+
+def _write(path: Path, text: str) -> None:
+    """Beside it first: whatever happens now, the results of an earlier run are not half gone."""
+    if path.exists() and not path.is_file():  # as /dev/stdout
+        path.write_text(text, encoding="utf-8")
+        return
+    beside = Path(f"{path}.part")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
 
 
 def _without_keys(words: Sequence[str]) -> Iterator[str]:

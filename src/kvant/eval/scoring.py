@@ -8,6 +8,7 @@ few-shot header at a page border.
 
 from __future__ import annotations
 
+import logging
 import queue
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from kvant.formats import PAGE_TOKENS
 from kvant.request import Output, Request
 
 __all__ = ["Likelihood", "Scorer"]
+
+_log = logging.getLogger("kvant")
 
 T = TypeVar("T")
 
@@ -114,6 +117,9 @@ class Scorer:
             RequestError: a prompt is empty, or ``max_new_tokens`` alone too many.
             KvantError: the engine failed.
         """
+        room = [self.max_length - gen.max_new_tokens for _, gen in prompts]
+        cut = [len(ids) > most for (ids, _), most in zip(prompts, room, strict=True)]
+        self._warn(sum(cut), len(prompts))
         order = sorted(range(len(prompts)), key=lambda i: tuple(prompts[i][0]))
         yield from self._run(self._generate_requests(prompts, order), 2 * self._places)
 
@@ -121,6 +127,7 @@ class Scorer:
         """What to compute, in order of the contexts. Continuations that differ in their last token
         only are one sequence."""
         found: dict[tuple[tuple[int, ...], int], _Work] = {}
+        cut = 0
         for index, (context, continuation) in enumerate(pairs):
             if not context or not continuation:
                 raise RequestError(f"pair {index} has an empty context or continuation")
@@ -129,11 +136,21 @@ class Scorer:
                     f"a continuation has {len(continuation)} tokens, and the limit is "
                     f"{self.max_length}; raise session_len or the KV cache's size"
                 )
+            cut += len(context) + len(continuation) - 1 > self.max_length
             ids = (*context, *continuation)[-self.max_length - 1 : -1]
             first = len(ids) - len(continuation)
             work = found.setdefault((ids, first), _Work(ids, first))
             work.continuations.append((index, continuation))
+        self._warn(cut, len(pairs))
         return sorted(found.values(), key=lambda work: (work.ids[: work.first + 1], work.ids))
+
+    def _warn(self, cut: int, count: int) -> None:
+        if cut:
+            _log.warning(
+                "%d of %d prompts are longer than %d tokens and lose their beginning; raise "
+                "session_len or the KV cache's size",
+                cut, count, self.max_length,
+            )  # fmt: skip
 
     def _score_requests(
         self, plan: Sequence[_Work]

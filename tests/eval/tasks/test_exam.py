@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
-from kvant.errors import ConfigError, KvantError
+from kvant.errors import ConfigError, KvantError, RequestError
 from kvant.eval.tasks.catalogue import BENCHMARKS, find_benchmarks
 from kvant.eval.tasks.exam import Exam, Options, _spread, open_exam
-from kvant.eval.tasks.sandbox import check_sandbox
+from tests.eval.tasks.conftest import subjects, write_data
 
 DATA = Path(__file__).parents[4] / "shared/data"
 
@@ -62,7 +62,8 @@ class Student(LM):
 
 
 def _open(name: str, data: Path, **options: Any) -> Exam:
-    return open_exam(name, Options(data=data, count_tokens=lambda t: len(t) // 4, **options))
+    how = Options(data=data, longest=4096, encode=lambda text: range(len(text) // 4), **options)
+    return open_exam(name, how)
 
 
 @pytest.mark.parametrize("name", ["mmlu", "ceval", "arc-easy", "lambada", "gsm8k", "passkey"])
@@ -75,11 +76,8 @@ def test_right_answers_are_right_and_others_are_not(name: str, all_right: bool, 
     assert right == [1.0 if all_right or n % 2 == 0 else 0.0 for n in range(len(right))]
 
 
+@pytest.mark.usefixtures("permitted")
 def test_programs_are_judged_by_running_them(data: Path) -> None:
-    try:
-        check_sandbox()
-    except ConfigError as error:
-        pytest.skip(str(error))
     exam = _open("humaneval", data)
     assert exam.ask(Student(exam, all_right=True)) == [{"pass@1": 1.0}] * 2
     assert exam.ask(Student(exam, all_right=False)) == [{"pass@1": 1.0}, {"pass@1": 0.0}]
@@ -143,6 +141,46 @@ def test_a_part_of_all_questions(sizes: list[int], limit: int) -> None:
 def test_a_part_is_spread_evenly() -> None:
     chosen = _spread([200] * 50, 1000)
     assert {len(each) for each in chosen} <= set(range(18, 23))
+
+
+def test_subjects_on_the_hub() -> None:
+    assert (len(subjects("mmlu")), len(subjects("ceval"))) == (57, 52)
+
+
+@pytest.mark.parametrize("name", ["mmlu", "ceval"])
+def test_a_part_of_the_subjects_does_not_pass_for_all(name: str, tmp_path: Path) -> None:
+    data = write_data(tmp_path)
+    gone = list((data / name).rglob("*law*.csv"))
+    for path in gone:
+        path.rename(path.with_name(path.name.replace("law", "cooking")))
+    with pytest.raises(RequestError, match=f"{name} has .* subjects: .*law are missing"):
+        _open(name, data)
+    for path in gone:
+        path.write_bytes(path.with_name(path.name.replace("law", "cooking")).read_bytes())
+    with pytest.raises(RequestError, match=r"cooking.* are not of this data set"):
+        _open(name, data)
+
+
+def test_examples_do_not_depend_on_what_else_is_asked(data: Path) -> None:
+    """So that answers to a few questions are found again among those to more."""
+    few, more = (_open("gsm8k", data, limits={"gsm8k": n}) for n in (5, 15))
+    assert {each.args[0] for each in few.instances} < {each.args[0] for each in more.instances}
+
+
+def test_lengths_that_no_sequence_has(data: Path) -> None:
+    with pytest.raises(ConfigError, match="lengths=5000 is more than the longest sequence of 4096"):
+        _open("passkey", data, lengths=(1000, 5000))
+    with pytest.raises(ConfigError, match="lengths=500 is there twice"):
+        _open("passkey", data, lengths=(500, 500))
+
+
+def test_the_chat_template_counts(data: Path) -> None:
+    def chat(messages: Sequence[dict[str, str]], **_: object) -> str:
+        return "x" * 400 + messages[0]["content"]
+
+    plain = [each.args[0] for each in _open("passkey", data, lengths=(600,)).instances]
+    asked = [each.args[0] for each in _open("passkey", data, lengths=(600,), chat=chat).instances]
+    assert all(0 <= len(a) - len(b) < 100 for a, b in zip(plain, asked, strict=True))
 
 
 def test_names() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import lm_eval
 import pytest
 from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
 
 from kvant import EngineConfig, pipeline
 from kvant.api import Pipeline
@@ -31,7 +32,7 @@ def _open(tiny: str, **options: Any) -> Pipeline:
 
 
 def _exams(data: Path) -> list[Exam]:
-    options = Options(data=data, limits={"gsm8k": 4}, count_tokens=len)
+    options = Options(data=data, limits={"gsm8k": 4}, longest=4096, encode=list)
     return [open_exam(name, options) for name in TASKS]
 
 
@@ -81,6 +82,23 @@ def test_whole_texts_are_scored_in_windows(tiny: str, reference: Any) -> None:
         assert KvantLM(pipe).loglikelihood_rolling(requests) == pytest.approx(expected, rel=1e-5)
 
 
+def test_texts_that_begin_with_bos(tiny: str, reference: Any) -> None:
+    requests = [_instance("loglikelihood", "a context", " and more")]
+    whole = [_instance("loglikelihood_rolling", "a text")]
+    with _open(tiny) as pipe:
+        lm = KvantLM(pipe, add_bos_token=True)
+        assert lm.tok_encode("ab") == [lm.prefix_token_id, *lm.tok_encode("ab", False)]
+        assert lm.tok_encode("<s>ab") == lm.tok_encode("ab")
+        found, rolled = lm.loglikelihood(requests), lm.loglikelihood_rolling(whole)
+    ids = [lm.prefix_token_id, *lm.tok_encode("a text", False)]
+    pairs = [(("", ""), [lm.prefix_token_id], ids)]
+    expected = reference._loglikelihood_tokens(pairs, disable_tqdm=True)
+    assert rolled[0] == pytest.approx(expected[0][0], rel=1e-5)
+    ids = lm.tok_encode("a context"), lm.tok_encode(" and more", False)
+    expected = reference._loglikelihood_tokens([(("", ""), *ids)], disable_tqdm=True)
+    assert found[0][0] == pytest.approx(expected[0][0], rel=1e-5)
+
+
 def test_an_empty_context_is_the_models_own_prefix(tiny: str, reference: Any) -> None:
     requests = [_instance("loglikelihood", "", "something"), _instance("loglikelihood", "a", " b")]
     with _open(tiny) as pipe:
@@ -104,7 +122,7 @@ def test_lm_eval_finds_it_by_name(tiny: str, tmp_path: Path) -> None:
     }
     found = lm_eval.simple_evaluate(
         model="kvant", model_args=f"pretrained={tiny},kv=int4h,dtype=float32", tasks=[task],
-        batch_size=8,
+        batch_size=8, task_manager=TaskManager(include_defaults=False),
     )  # fmt: skip
     assert found is not None and 0 <= found["results"]["made_up"]["acc,none"] <= 1
 
@@ -152,6 +170,7 @@ def test_prompts_of_messages(tiny: str) -> None:
         ({"until": ["\n", ""], "do_sample": False, "temperature": 0.7}, (256, False, ["\n"])),
         ({"until": "Q:", "max_gen_toks": 5}, (5, False, ["Q:"])),
         ({"temperature": 0.5, "max_new_tokens": 7}, (7, True, [])),
+        ({"num_beams": 1, "temperature": None, "max_tokens": "9"}, (9, False, [])),
     ],
 )
 def test_generation_options(options: dict[str, Any], expected: tuple[Any, ...]) -> None:
@@ -159,9 +178,16 @@ def test_generation_options(options: dict[str, Any], expected: tuple[Any, ...]) 
     assert (gen.max_new_tokens, gen.do_sample, gen.stop_words) == expected
 
 
+def test_sampling_is_at_temperature_1_unless_said() -> None:
+    assert generation({"do_sample": True}).temperature == 1.0
+
+
 def test_what_kvant_does_not_know_is_refused(tiny: str) -> None:
     with pytest.raises(RequestError, match='"top_pp"; did you mean "top_p"'):
         generation({"top_pp": 1})
+    for options in ({"temperature": "hot"}, {"max_gen_toks": []}):
+        with pytest.raises(RequestError, match="must be a number"):
+            generation(options)
     with pytest.raises(ConfigError, match='"kv_token"; did you mean "kv_tokens"'):
         KvantLM(tiny, kv_token=64)
     with pytest.raises(ConfigError, match="batch_size='many'"):

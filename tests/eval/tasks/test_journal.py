@@ -42,12 +42,23 @@ def test_a_cut_line_is_forgotten_wherever_it_is_cut(tmp_path: Path) -> None:
         assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("line", [b"not json\n", b"{}\n", b'{"key": "k"}\n', b"\n", b"[1]\n"])
-def test_a_damaged_line_is_named(tmp_path: Path, line: bytes) -> None:
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"not json\n",
+        b"{}\n",
+        b'{"key": "k"}\n',
+        b"\n",
+        b"[1]\n",
+        b'{"key": [1], "answer": "a"}\n',
+        b'{"key": "k", "answer": null}\n',
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "a.jsonl"
     _fill(path, 2)
     lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join([lines[0], lines[1], line, lines[2]]))
+    path.write_bytes(b"".join([lines[0], lines[1], f"{line}\n".encode(), lines[2]]))
     with pytest.raises(RequestError, match=r"line 3 of .*a\.jsonl is damaged; delete"):
         Journal(path, IDENTITY)
 

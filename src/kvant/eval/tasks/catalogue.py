@@ -18,8 +18,6 @@ from kvant.eval.tasks.files import Subsets
 
 __all__ = ["BENCHMARKS", "Benchmark", "find_benchmarks"]
 
-_FIRST: Mapping[str, Any] = {"sampler": "first_n"}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
@@ -63,11 +61,11 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     ),
     "triviaqa": Benchmark(
         metric="exact_match", chance=None, shots=5, folder="triviaqa", task="triviaqa",
-        read=files.read_triviaqa, changes={"fewshot_split": "train", "fewshot_config": _FIRST},
+        read=files.read_triviaqa, changes={"fewshot_split": "train"},
     ),
     "gsm8k": Benchmark(
         metric="exact_match,strict-match", chance=None, shots=5, folder="gsm8k", task="gsm8k",
-        read=files.read_gsm8k, changes={"fewshot_config": _FIRST},
+        read=files.read_gsm8k,
     ),
     "race-middle": Benchmark(
         metric="acc", chance=0.25, folder="race", task="race", read=files.read_race_middle,

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -37,6 +37,8 @@ _SEED = 1234  # of few-shot examples, where a task draws them: lm-eval's default
 _DEPTHS = 10
 _STOPS = ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]  # after a function: Chen et al.
 
+_FIRST = {"fewshot_config": {"sampler": "first_n"}}  # the same for each question
+
 Metrics = dict[str, float]
 """Of one question. Shares are 0 or 1; "perplexity" is the log-likelihood in nats."""
 
@@ -49,8 +51,9 @@ class Options:
     limits         most questions of a benchmark by its name; all of others
     num_fewshot    instead of each benchmark's own
     chat           makes a prompt of messages; None for plain text
-    lengths        tokens of the prompts of needle and passkey
-    count_tokens   of a text
+    lengths        tokens of the prompts of needle and passkey, at most ``longest``
+    longest        tokens of the longest sequence
+    encode         a text to token ids
     """
 
     data: Path | None
@@ -58,7 +61,8 @@ class Options:
     num_fewshot: int | None = None
     chat: Callable[..., str] | None = None
     lengths: Sequence[int] = (1024, 2048, 4096)
-    count_tokens: Callable[[str], int]
+    longest: int
+    encode: Callable[[str], Sequence[int]]
 
     def __post_init__(self) -> None:
         for name, limit in self.limits.items():
@@ -66,6 +70,28 @@ class Options:
                 raise ConfigError(f"limit={limit} of {name} must be at least 1")
         if self.num_fewshot is not None and self.num_fewshot < 0:
             raise ConfigError(f"num_fewshot={self.num_fewshot} must be at least 0")
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a prompt, with those of the chat template."""
+        if self.chat is not None:
+            text = self.chat([{"role": "user", "content": text}])
+        return len(self.encode(text))
+
+    def checked_lengths(self) -> Sequence[int]:
+        """``lengths``.
+
+        Raises:
+            ConfigError: one is longer than a sequence can be, or named twice.
+        """
+        for length in self.lengths:
+            if length > self.longest:
+                raise ConfigError(
+                    f"lengths={length} is more than the longest sequence of {self.longest} tokens; "
+                    "leave it out, or raise session_len if the model can"
+                )
+            if self.lengths.count(length) > 1:
+                raise ConfigError(f"lengths={length} is there twice; leave one out")
+        return self.lengths
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +161,7 @@ def open_exam(name: str, options: Options) -> Exam:
         ConfigError: fewer solved examples than ``num_fewshot``.
     """
     bench = BENCHMARKS[name]
-    if options.num_fewshot is not None and bench.folder is not None:
+    if options.num_fewshot is not None:
         bench = replace(bench, shots=options.num_fewshot)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     tasks = _OWN[name](options) if name in _OWN else _load(name, bench, options)
@@ -190,19 +216,22 @@ def _load(name: str, bench: Benchmark, options: Options) -> list[ConfigurableTas
     assert bench.folder is not None
     folder = Path(lm_eval.tasks.__file__).parent / bench.folder
     manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(folder))
-    changes = {**bench.changes, "num_fewshot": bench.shots}
+    changes = {**_FIRST, **bench.changes, "num_fewshot": bench.shots}
+    names = _named(manager.all_subtasks, bench.task)
     if options.data is None:
-        members = [{"task": task, **changes} for task in _named(manager.all_subtasks, bench.task)]
+        members = [{"task": task, **changes} for task in names]
     else:
         assert bench.read is not None
+        found = {bench.task.format(x): rows for x, rows in bench.read(options.data).items()}
+        _check_subjects(name, found, names)
         members = [
-            {"task": bench.task.format(subset), **changes, **bench.local,
+            {"task": task, **changes, **bench.local,
              "custom_dataset": partial(_dataset, splits)}
-            for subset, splits in bench.read(options.data).items()
+            for task, splits in found.items()
         ]  # fmt: skip
     try:
         loaded = manager.load([{"group": f"kvant-{name}", "task": members}])
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # of the hub and its libraries: what they raise is not settled
         if options.data is not None:
             raise
         reason = " ".join(str(error).split())[:200]
@@ -210,6 +239,19 @@ def _load(name: str, bench: Benchmark, options: Options) -> list[ConfigurableTas
             f"the data of {name} cannot be had from the hub ({reason}); give a folder with --data"
         ) from error
     return list(loaded["tasks"].values())
+
+
+def _check_subjects(name: str, found: Collection[str], expected: Collection[str]) -> None:
+    """A part of a data set must not pass for all of it."""
+    for what, tasks in (
+        ("are missing", sorted(set(expected) - set(found))),
+        ("are not of this data set", sorted(set(found) - set(expected))),
+    ):
+        if tasks:
+            raise RequestError(
+                f"the data of {name} has {len(found)} of {len(expected)} subjects: "
+                f"{', '.join(tasks[:5])}{', ...' if len(tasks) > 5 else ''} {what}"
+            )
 
 
 def _named(tasks: Sequence[str], pattern: str) -> list[str]:
@@ -275,7 +317,7 @@ def _humaneval(options: Options) -> list[ConfigurableTask]:
 
 def _needle(options: Options) -> list[ConfigurableTask]:
     essays = retrieval.read_essays(_need_data("needle", options))
-    rows = retrieval.needle_rows(essays, options.count_tokens, options.lengths, _DEPTHS)
+    rows = retrieval.needle_rows(essays, options.count_tokens, options.checked_lengths(), _DEPTHS)
 
     def found(doc: dict[str, Any], answers: Sequence[str]) -> Metrics:
         return {"found": float(retrieval.needle_found(answers[0], doc))}
@@ -294,7 +336,7 @@ def _needle(options: Options) -> list[ConfigurableTask]:
 
 
 def _passkey(options: Options) -> list[ConfigurableTask]:
-    rows = retrieval.passkey_rows(options.count_tokens, options.lengths, _DEPTHS)
+    rows = retrieval.passkey_rows(options.count_tokens, options.checked_lengths(), _DEPTHS)
 
     def found(doc: dict[str, Any], answers: Sequence[str]) -> Metrics:
         return {"found": float(retrieval.passkey_found(answers[0], doc["target"]))}

@@ -31,6 +31,7 @@ __all__ = ["KvantLM", "Progress"]
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
 """Given a title and a total, a context whose value is told how much more is done."""
 
+_AT_A_TIME = 4096  # requests whose tokens are in memory
 _DEFAULT_TOKENS = 256  # to generate, where a task says nothing: as lm-eval's hf model
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _SAMPLING = {
@@ -126,11 +127,13 @@ class KvantLM(TemplateLM):
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """The prompt for messages."""
-        last = chat_history[-1]["content"]
         text = self._chat().render(chat_history, add_generation_prompt=add_generation_prompt)
-        if add_generation_prompt or last not in text:
+        if add_generation_prompt:
             return text
-        return text[: text.rindex(last) + len(last)]  # an answer that is to be continued
+        last = chat_history[-1]["content"].strip()  # an answer that is to be continued
+        if last not in text:
+            raise ConfigError(f"the chat template changes the text {last[:40]!r}; leave it out")
+        return text[: text.rindex(last) + len(last)]
 
     def _chat(self) -> ChatTemplate:
         if self.pipe.chat_template is None:
@@ -155,7 +158,12 @@ class KvantLM(TemplateLM):
     def _score_texts(
         self, asked: Sequence[tuple[str, str]]
     ) -> Iterator[tuple[int, tuple[float, bool]]]:
-        pairs: list[Pair] = [self._pair(*texts) for texts in asked]
+        pairs: list[Pair] = []
+        for texts in asked:
+            context, continuation = self._pair(*texts)
+            if pairs and context == pairs[-1][0]:
+                context = pairs[-1][0]  # choices of a question: many share a long one
+            pairs.append((context, continuation))
         for index, found in self.scorer.loglikelihoods(pairs):
             yield index, (found.logprob, found.greedy)
 
@@ -181,7 +189,7 @@ class KvantLM(TemplateLM):
     def _roll(self, asked: Sequence[tuple[str]]) -> Iterator[tuple[int, float]]:
         for index, (text,) in enumerate(asked):
             windows = get_rolling_token_windows(
-                token_list=self.tok_encode(text, add_special_tokens=False),
+                token_list=self.tok_encode(text),
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length,
                 context_len=1,
@@ -218,9 +226,11 @@ class KvantLM(TemplateLM):
         missing = {k: e for k, e in zip(keys, asked, strict=True) if self._journal.get(k) is None}
         names = list(missing)
         with self._progress(title, len(names)) as tick:
-            for index, answer in compute(list(missing.values())) if names else ():
-                self._journal.add(names[index], answer)
-                tick(1)
+            for start in range(0, len(names), _AT_A_TIME):
+                part = names[start : start + _AT_A_TIME]
+                for index, answer in compute([missing[name] for name in part]):
+                    self._journal.add(part[index], answer)
+                    tick(1)
         found = [self._journal.get(key) for key in keys]
         return [tuple(each) if isinstance(each, list | tuple) else each for each in found]
 
@@ -262,12 +272,12 @@ def generation(options: Mapping[str, Any]) -> GenerationConfig:
     Raises:
         RequestError: an option that kvant does not know, or a value out of range.
     """
-    left = dict(options)
+    left = {name: value for name, value in options.items() if value is not None}
+    if left.get("num_beams") == 1:
+        del left["num_beams"]
     until = left.pop("until", None) or []
-    lengths = [n for name in _LENGTHS if (n := left.pop(name, None)) is not None]
+    lengths = [_read(name, left.pop(name), int) for name in _LENGTHS if name in left]
     do_sample = left.pop("do_sample", None)
-    if do_sample is None:
-        do_sample = float(left.get("temperature", 0)) > 0
     sampling = {}
     for name, value in left.items():
         if name not in _SAMPLING:
@@ -275,15 +285,23 @@ def generation(options: Mapping[str, Any]) -> GenerationConfig:
                 f'generation_kwargs has "{name}"{did_you_mean(name, _SAMPLING)} kvant knows until, '
                 f"do_sample, max_gen_toks, {', '.join(_SAMPLING)}"
             )
-        sampling["random_seed" if name == "seed" else name] = _SAMPLING[name](value)
-    if not do_sample:
-        sampling.pop("temperature", None)
+        field = "random_seed" if name == "seed" else name
+        sampling[field] = _read(name, value, _SAMPLING[name])
+    temperature = sampling.pop("temperature", 1.0 if do_sample else 0.0)
     return GenerationConfig(
-        max_new_tokens=int(lengths[0]) if lengths else _DEFAULT_TOKENS,
-        do_sample=bool(do_sample),
+        max_new_tokens=lengths[0] if lengths else _DEFAULT_TOKENS,
+        do_sample=temperature > 0 if do_sample is None else bool(do_sample),
+        temperature=temperature,
         stop_words=[until] if isinstance(until, str) else [stop for stop in until if stop],
         **sampling,
     )
+
+
+def _read(name: str, value: Any, kind: type) -> Any:
+    try:
+        return kind(value)
+    except (TypeError, ValueError):
+        raise RequestError(f"generation_kwargs: {name}={value!r} must be a number") from None
 
 
 @contextmanager

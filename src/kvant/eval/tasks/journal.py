@@ -19,7 +19,7 @@ from kvant.errors import RequestError
 
 __all__ = ["Journal", "digest"]
 
-Answer = list[float | bool] | str
+Answer = list[float | bool] | float | str
 
 
 def digest(*asked: Any) -> str:
@@ -108,17 +108,19 @@ class Journal:
         if not lines:
             self._write({"identity": identity})
             return
-        self._check(self._parse(1, lines[0], "identity"), json.loads(json.dumps(identity)))
+        self._check(self._parse(1, lines[0], identity=dict), json.loads(json.dumps(identity)))
         for number, line in enumerate(lines[1:], start=2):
-            entry = self._parse(number, line, "key", "answer")
+            entry = self._parse(number, line, key=str, answer=(str, list, float))
             self._answers[entry["key"]] = entry["answer"]
 
-    def _parse(self, number: int, line: bytes, *names: str) -> dict[str, Any]:
+    def _parse(self, number: int, line: bytes, **kinds: Any) -> dict[str, Any]:
         try:
             entry = json.loads(line)
         except ValueError:
             entry = None
-        if not isinstance(entry, dict) or set(entry) != set(names):
+        if not isinstance(entry, dict) or not all(
+            isinstance(entry.get(name), kind) for name, kind in kinds.items()
+        ):
             raise RequestError(
                 f"line {number} of {self.path} is damaged; delete the file to begin anew"
             )
