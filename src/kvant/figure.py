@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "MARKERS", "check_plot", "new_figure", "tidy"]
+__all__ = ["COLOURS", "MARKERS", "check_plot", "need_matplotlib", "new_figure", "tidy"]
 
 COLOURS = ("#1f6feb", "#d9730d", "#2da44e", "#8250df", "#57606a", "#bf3989", "#9a6700", "#0a7f8c")
 MARKERS = "os^DvPX*"
@@ -24,10 +24,15 @@ def check_plot(path: Path) -> None:
     of a known kind of picture."""
     if path.suffix.lower() not in _KINDS:
         raise ConfigError(f"plot={str(path)!r} must end in {', '.join(_KINDS)}")
+    need_matplotlib()
+
+
+def need_matplotlib() -> None:
+    """Raise ConfigError if matplotlib is missing."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise ConfigError("a plot needs matplotlib; run: pip install matplotlib") from None
+        raise ConfigError('plots need matplotlib; run: pip install "kvant[eval]"') from None
 
 
 def new_figure(width: float, height: float) -> Figure:

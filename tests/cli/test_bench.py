@@ -268,7 +268,7 @@ def test_a_plot_without_matplotlib(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     done = run("bench", "throughput", tiny, *SMALL, "--plot", str(tmp_path / "a.png"))
-    done.assert_error(2, "pip install matplotlib")
+    done.assert_error(2, 'pip install "kvant[eval]"')
 
 
 def test_ctrl_c_ends_it(tiny: str) -> None:

@@ -57,5 +57,7 @@ def test_errors_are_one_line(run: Run, tmp_path: Path) -> None:
 def test_without_matplotlib(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     write(tmp_path, fidelity=EVERY["fidelity"])
-    run("report", tmp_path, "--output", tmp_path / "r.html").assert_error(2, "matplotlib")
+    run("report", tmp_path, "--output", tmp_path / "r.html").assert_error(
+        2, "matplotlib", 'pip install "kvant[eval]"'
+    )
     assert run("report", tmp_path, "--markdown", tmp_path / "a.md").code == 0

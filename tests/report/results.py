@@ -15,9 +15,11 @@ SIZES = {
     "bf16": (16.0, 23040.0),
     "int8": (8.5, 12240.0),
     "int4": (4.5, 6480.0),
+    "k=int8c,v=int4m+s64r64": (6.56, 9180.0),
     "k=int4c,v=int4m+s64r64": (4.62, 6300.0),
 }
 K4V4 = "k=int4c,v=int4m+s64r64"
+K8V4 = "k=int8c,v=int4m+s64r64"
 
 
 def machine(day: str = "2026-01-02") -> Json:
@@ -93,7 +95,7 @@ def tasks(
         "weight_dtype": "auto",
         "data": "local",
         "harness": {"lm_eval": "0.4.13"},
-        "limit": 400,
+        "limit": {"mmlu": 400},
         "baseline": base,
         "results": rows,
         "comparisons": comparisons,

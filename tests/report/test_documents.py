@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from kvant.errors import RequestError
 from kvant.report import Report, make_report, read_results, render_markdown, render_page
 from kvant.report.drawing import save_chart, svg_of
 from kvant.report.fidelity import fidelity_groups, kld_chart
-from kvant.report.names import label_of
+from kvant.report.names import formats_of, label_of
 from tests.report.results import EVERY, K4V4, fidelity, machine, tasks, write
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
@@ -50,9 +52,8 @@ def test_ids_are_there_once(page: str) -> None:
     assert len(set(ids)) == len(ids)
 
 
-def test_the_same_results_make_the_same_page(report: Report) -> None:
-    chart = report.charts[0]
-    assert svg_of(chart) == svg_of(chart)
+def test_the_same_results_make_the_same_page(report: Report, page: str) -> None:
+    assert render_page(report, COMMAND) == page
 
 
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
@@ -84,6 +85,74 @@ def test_charts_are_drawn_as_svg_in_the_colours_of_the_page(report: Report) -> N
         assert chart.alt and chart.title
 
 
+def test_names_that_look_like_colours_and_ids_stay_as_they_are(tmp_path: Path) -> None:
+    klds = fidelity({"f32": 0.0, "int8": 0.1, "int4": 0.2})
+    names = ["#1a1e24", ' id="a" url(#b)']
+    for row, name in zip(klds["results"][1:], names, strict=True):
+        row["kv_spec"] = name
+    (chart,) = report_of(tmp_path, a=klds).charts
+    root = ET.fromstring(svg_of(chart))
+    texts = [text.text for text in root.iter() if text.tag.endswith("text")]
+    assert {*names} <= {*texts}
+
+
+def test_pictures_do_not_depend_on_settings_of_the_user(report: Report) -> None:
+    import matplotlib as mpl
+
+    with mpl.rc_context({"text.usetex": True, "font.size": 30, "axes.grid": True}):
+        assert svg_of(report.charts[0]) == svg_of(report.charts[0])
+        drawn = svg_of(report.charts[0])
+    assert drawn == svg_of(report.charts[0])
+
+
+def damaged(kind: str, row: int, **values: Any) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(json.dumps(EVERY[kind]))
+    found["results"][row] |= values
+    return {kind: found}
+
+
+@pytest.mark.parametrize(
+    "results",
+    (
+        damaged("throughput", 0, request_throughput=0.0),
+        damaged("throughput", 1, request_throughput=0.0),
+        damaged("latency", 0, output_throughput=0.0, median_ttft_ms=0.0),
+        damaged("linear", 0, seconds=0.0),
+        damaged("tasks", 0, items_sha256="other"),
+        damaged("tasks", 0, metric="other"),
+        damaged("tasks", 0, num_fewshot=None),
+        damaged("tasks", 0, items=1),
+        damaged("tasks", 0, kv_spec="int8"),
+        damaged("fidelity", 0, ctx=3),
+        {"tasks": EVERY["tasks"] | {"baseline": "gone"}},
+        {"tasks": EVERY["tasks"] | {"comparisons": []}},
+        {"fidelity": EVERY["fidelity"] | {"baseline": "gone"}},
+    ),
+)
+def test_damaged_results_make_a_page(tmp_path: Path, results: dict[str, Any]) -> None:
+    report = report_of(tmp_path, **results)
+    assert "<h1>" in render_page(report, COMMAND) and render_markdown(report, COMMAND)
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value"),
+    (
+        ("tasks", "items", 10**400),
+        ("tasks", "of", "9" * 400),
+        ("tasks", "bits_per_element", 1e-300),
+        ("tasks", "lengths", {"9" * 400: 0.5}),
+        ("latency", "prompt_tokens", 10**400),
+        ("throughput", "kv_tokens", 10**400),
+        ("fidelity", "kld", 1e300),
+        ("serving", "completed", -(10**400)),
+    ),
+)
+def test_absurd_numbers_are_named(tmp_path: Path, kind: str, key: str, value: object) -> None:
+    with pytest.raises(RequestError, match=rf'"results\.0\.{key}.*" is wrong') as caught:
+        report_of(tmp_path, **damaged(kind, 0, **{key: value}))
+    assert len(str(caught.value)) < 400
+
+
 def test_charts_are_written_as_png(report: Report, tmp_path: Path) -> None:
     save_chart(report.charts[0], tmp_path / "chart.png")
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
@@ -95,7 +164,8 @@ def test_names_of_formats_do_not_overlap(tmp_path: Path) -> None:
     from kvant.figure import new_figure
 
     klds = {"f32": 0.0, "int8": 0.0003, "int4": 0.0052, K4V4: 0.005}
-    (group,) = fidelity_groups(read_results([write(tmp_path, a=fidelity(klds))]).sources)
+    sources = read_results([write(tmp_path, a=fidelity(klds))]).sources
+    (group,) = fidelity_groups(sources, formats_of(sources, "model"))
     chart = kld_chart(group, 0.0075)
     assert chart is not None
     figure = new_figure(4.7, 4.6)

@@ -140,3 +140,7 @@ def test_it_prints(open_page: Callable[..., Any]) -> None:
         "rgb(255, 255, 255)", "rgba(0, 0, 0, 0)",
     )  # fmt: skip
     assert not page.locator("nav").is_visible()
+    assert page.evaluate(
+        "() => [...document.querySelectorAll('h2, h2 + p, .reason + p')]"
+        ".every((each) => getComputedStyle(each).breakAfter === 'avoid')"
+    )

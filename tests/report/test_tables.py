@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 
-from kvant.report import Report, make_report, read_results
+from kvant.report import Report, make_report, read_results, render_markdown
+from kvant.report import fidelity as groups
+from kvant.report import tasks as groups_of_tasks
 from kvant.report.charts import front
-from kvant.report.fidelity import fidelity_groups
+from kvant.report.fidelity import Alike
 from kvant.report.layout import Table, decimals, signed
-from kvant.report.names import describe, is_16_bit, label_of, model_name, order
+from kvant.report.names import describe, formats_of, is_16_bit, label_of, model_name, order
 from kvant.report.speed import growth_sections, throughput_section
 from kvant.report.stored import Source
-from kvant.report.tasks import accuracy_section, length_section, task_groups
+from kvant.report.tasks import Measured, accuracy_section, length_section
 from tests.report.results import EVERY, K4V4, fidelity, latency, tasks, throughput, write
 
 Read = Callable[..., tuple[Source, ...]]
@@ -24,6 +26,14 @@ Read = Callable[..., tuple[Source, ...]]
 @pytest.fixture
 def read(tmp_path: Path) -> Read:
     return lambda **results: read_results([write(tmp_path, **results)]).sources
+
+
+def fidelity_groups(sources: tuple[Source, ...]) -> list[Alike]:
+    return groups.fidelity_groups(sources, formats_of(sources, "model"))
+
+
+def task_groups(sources: tuple[Source, ...]) -> list[Measured]:
+    return groups_of_tasks.task_groups(sources, formats_of(sources, "model"))
 
 
 def report_of(folder: Path, **results: Any) -> Report:
@@ -114,6 +124,42 @@ def test_a_data_set_is_of_the_newest_file_and_of_older_ones_with_the_same_items(
     assert [source.name for source in group.sources] == ["a.json", "c.json"]
 
 
+@pytest.mark.parametrize("limit", (None, 400, 0.5, "400", {"mmlu": 400}, [1]))
+def test_a_limit_of_any_shape_neither_stops_nor_splits(read: Read, limit: object) -> None:
+    one = tasks({"piqa": {"bf16": 0.7, "int8": 0.6}}, limit=limit)
+    (group,) = task_groups(read(a=one, b=tasks({"mmlu": {"bf16": 0.7, "int8": 0.6}})))
+    assert group.tasks == ("piqa", "mmlu")
+
+
+def test_of_a_data_set_the_rows_of_most_items_count(read: Read) -> None:
+    many = tasks({"piqa": {"bf16": 0.7, "int8": 0.6}}, day="2026-01-01")
+    few = tasks({"piqa": {"bf16": 0.8, "int8": 0.8, "int4": 0.8}}, day="2026-01-02")
+    alone = tasks({"piqa": {"bf16": 0.9}}, day="2026-01-02")
+    for found, items in ((few, 10), (alone, 1000)):
+        for row in found["results"]:
+            row |= {"items": items, "items_sha256": f"{items} items"}
+    (group,) = task_groups(read(many=many, few=few, alone=alone))
+    assert {spec: group.rows["piqa", spec].value for spec in group.specs} == {
+        "bf16": 0.7, "int8": 0.6
+    }  # fmt: skip
+    assert group.unlike == ("int4 on piqa",)
+    assert [source.name for source in group.sources] == ["many.json"]
+
+
+def test_luck_counts_only_comparisons_that_could_be_marked(read: Read) -> None:
+    def note(found: dict[str, Any]) -> str:
+        (group,) = task_groups(read(tasks=found))
+        return accuracy_section(group, key="k", title="t").tables[0].notes[0]
+
+    found = tasks({f"set {n}": {"bf16": 0.7, "int8": 0.7} for n in range(45)})
+    for number, pair in enumerate(found["comparisons"]):
+        pair |= {"gained": 3, "lost": 3 if number < 40 else 2}
+    assert "Of 40 comparisons" in note(found) and "at most about 2 would" in note(found)
+    for pair in found["comparisons"]:
+        pair["lost"] = 2
+    assert "luck" not in note(found)
+
+
 def test_scores_by_length(read: Read) -> None:
     found = tasks({"needle": {"bf16": 0.9, "int8": 0.8}})
     for row, shares in zip(found["results"], ((1.0, 0.8), (1.0, 0.6)), strict=True):
@@ -127,7 +173,8 @@ def test_scores_by_length(read: Read) -> None:
 
 
 def test_throughput_is_compared_with_16_bits_wherever_they_stand(read: Read) -> None:
-    section = throughput_section(read(throughput=throughput({"int8": 3.0, "bf16": 2.0})), "model")
+    sources = read(throughput=throughput({"int8": 3.0, "bf16": 2.0}))
+    section = throughput_section(sources, formats_of(sources, "model"))
     assert section is not None
     (table,) = section.tables
     assert table.head[2] == "against bf16" and "b.csv" in table.caption
@@ -140,11 +187,64 @@ def test_growth_is_of_one_axis_at_a_time_and_of_the_newest_file(read: Read) -> N
         b=latency((512, 2048), (1,), day="2026-01-03"),
         c=latency((512,), (1, 4)),
     )
-    by_context, by_batch = growth_sections(sources, "model")
+    by_context, by_batch = growth_sections(sources, formats_of(sources, "model"))
     assert [source.name for source in by_context.sources] == ["b.json"]
     assert [source.name for source in by_batch.sources] == ["c.json"]
     assert [row[0] for row in texts(by_context.tables[0])] == ["512", "2,048"]
     assert len(by_context.charts) == 3
+
+
+def test_two_formats_by_layer_are_two(read: Read) -> None:
+    found = latency((512, 2048), (1,))
+    layered = (f"{K4V4};0=int8", f"{K4V4};1=int8")
+    for row in found["results"]:
+        row["kv_spec"] = layered[row["kv_spec"] == "int8"]
+    sources = read(a=found, b=throughput({"int8": 3.0, "bf16": 2.0}))
+    labels = ["by layer", "by layer (2)"]
+    (section,) = growth_sections(sources, formats_of(sources, "model"))
+    assert list(section.tables[0].head[1:]) == labels
+    assert all(label in section.charts[0].alt for label in labels)
+
+
+def test_a_single_static_batch_is_a_table(tmp_path: Path) -> None:
+    report = report_of(tmp_path, a=latency((512,), (1,)), b=latency((64, 128), (2,)))
+    assert not report.unused
+    (single,) = [each for each in report.sections if each.key == "static-batch"]
+    assert texts(single.tables[0])[0][:3] == ["bf16", "512", "1"] and not single.charts
+    assert len(single.tables[0].rows) == 2
+
+
+def test_sections_of_the_same_axis_have_titles_of_their_own(read: Read) -> None:
+    sources = read(a=latency((64, 128), (1,)), b=latency((64, 128), (2,)))
+    assert [each.title for each in growth_sections(sources, formats_of(sources, "model"))] == [
+        "Speed by context, one request", "Speed by context, 2 requests at a time"
+    ]  # fmt: skip
+
+
+def test_the_name_that_a_server_gives_is_no_second_model(tmp_path: Path) -> None:
+    report = report_of(
+        tmp_path, a=EVERY["fidelity"], b=EVERY["serving"] | {"model": "served"},
+        c=EVERY["serving"] | {"model": "served", "workload": {"dataset": "other"}},
+    )  # fmt: skip
+    titles = [section.title for section in report.sections]
+    assert "A server under load" in titles and "Fidelity" in titles
+    assert report.title == "KV cache formats for model" and not report.unused
+
+
+def test_tuned_on_two_texts(tmp_path: Path) -> None:
+    other = EVERY["tune"] | {"text": {"source": "u", "sha256": "cd"}}
+    report = report_of(tmp_path, a=EVERY["tune"], b=other)
+    (table,) = [table for each in report.sections if each.key == "tuned" for table in each.tables]
+    assert [row[1] for row in texts(table)] == ["u", "t"]
+
+
+def test_sizes_are_those_of_4096_tokens_everywhere(tmp_path: Path) -> None:
+    scores = {"piqa": {"bf16": 0.7, K4V4: 0.7}}
+    report = report_of(tmp_path, a=tasks(scores), b=fidelity({"f32": 0.0, K4V4: 0.001}))
+    shown = render_markdown(report, "")
+    assert "6,653" in shown and "6,300" not in shown
+    assert all("6,653" in chart.alt for chart in report.charts if chart.name == "divergence")
+    assert all("4,096" in chart.alt for chart in report.charts if chart.name == "divergence")
 
 
 def test_files_of_which_nothing_is_shown_are_named(tmp_path: Path) -> None:
@@ -154,7 +254,7 @@ def test_files_of_which_nothing_is_shown_are_named(tmp_path: Path) -> None:
         new=fidelity({"f32": 0.0, "int8": 0.1}, day="2026-01-02"),
         other={"results": []},
     )
-    assert (report.unused, report.others) == (("old.json",), ("other.json",))
+    assert [*report.unused.values()] == [("old.json",)] and report.others == ("other.json",)
     assert [source.name for source in report.shown] == ["new.json"]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvant.errors import RequestError
+from kvant.figure import need_matplotlib
 
 if TYPE_CHECKING:
     from kvant.report import Report
@@ -52,11 +53,10 @@ def run(options: Namespace) -> int:
     for name, file in (("output", output), ("markdown", options.markdown)):
         _check(name, file)
     from kvant.report import make_report, read_results, render_markdown, render_page
-    from kvant.report.drawing import check_drawing
     from kvant.report.layout import counted
 
     if output is not None or options.plots is not None:
-        check_drawing()
+        need_matplotlib()
     report = make_report(read_results(_paths(options.results)), options.title)
     command = shlex.join(["kvant", *sys.argv[1:]])
     if output is not None:
@@ -65,7 +65,7 @@ def run(options: Namespace) -> int:
         _write(Path(options.markdown), render_markdown(report, command, options.title))
     if options.plots is not None:
         _plot(report, Path(options.plots))
-    left = len(report.unused) + len(report.others)
+    left = sum(map(len, report.unused.values())) + len(report.others)
     print(
         f"{counted(len(report.shown), 'result')} shown"
         + (f", {counted(left, 'file')} not shown (the page lists them)" if left else "")

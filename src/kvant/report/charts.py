@@ -43,7 +43,7 @@ _PLACES = tuple(
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A format: its bytes per token, what is measured, and half of the error bar."""
+    """A format: its size, what is measured, and half of the error bar."""
 
     label: str
     size: float
@@ -66,15 +66,17 @@ def loss_chart(
     figure: Figure,
     points: Sequence[Point],
     *,
+    xlabel: str,
     ylabel: str,
     limit: tuple[float, str],
     log: bool,
 ) -> None:
-    """Draw points over bytes per token, those of the front joined and in colour.
+    """Draw points over their sizes, those of the front joined and in colour.
 
     Args:
         figure: an empty one.
         points: to draw; less is better with ``log``, more without.
+        xlabel: what sizes are in.
         ylabel: what is measured.
         limit: a value to draw as a line, and what it is.
         log: draw the values on a logarithmic scale.
@@ -107,10 +109,10 @@ def loss_chart(
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _plain(value)))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.locator_params(axis="x", nbins=6)
     axes.margins(x=0.14, y=0.14)
-    axes.set_xlabel("bytes per token, all layers")
+    axes.set_xlabel(xlabel)
     tidy(axes, ylabel)
     axes.title.set_fontsize(10)
     figure.draw_without_rendering()  # places the axes, which labels are measured against

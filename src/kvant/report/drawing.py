@@ -5,26 +5,22 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kvant.figure import COLOURS, check_plot, new_figure
+from kvant.figure import COLOURS, new_figure
 from kvant.report.charts import GRID, INK, SOFT
 from kvant.report.layout import Chart
 
-__all__ = ["check_drawing", "save_chart", "svg_of"]
+__all__ = ["save_chart", "svg_of"]
 
 _INCH = 72
+_TAG = re.compile(r"<[^>]*>")  # names of formats are between tags, and stay as they are
 _NAMES = {INK: "ink", SOFT: "soft", GRID: "line", "#ffffff": "paper"} | {
     colour: f"c{number}" for number, colour in enumerate(COLOURS)
 }
-
-
-def check_drawing() -> None:
-    """Raise ConfigError if matplotlib is missing."""
-    check_plot(Path("report.svg"))
 
 
 def save_chart(chart: Chart, path: Path) -> None:
@@ -49,11 +45,17 @@ def svg_of(chart: Chart, *, narrow: bool = False) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     opening = f'<svg viewBox="0 0 {width:g} {height:g}" aria-hidden="true">'
     svg = re.sub(r"<svg [^>]*>", opening, svg)
-    used = set(re.findall(r"url\(#([^)]+)\)|href=\"#([^\"]+)\"", svg))
+    tags = " ".join(_TAG.findall(svg))
+    used = set(re.findall(r"url\(#([^)]+)\)|href=\"#([^\"]+)\"", tags))
     kept = {name for pair in used for name in pair}
-    svg = re.sub(r' id="([^"]+)"', lambda m: m[0] if m[1] in kept else "", svg)
-    svg = re.sub(r"font-family: [^;\"]*", "font-family: var(--text)", svg)
-    return re.sub(r"#[0-9a-f]{6}\b", _themed, svg).replace("xlink:href", "href")
+    return _TAG.sub(lambda tag: _tag(tag[0], kept), svg)
+
+
+def _tag(tag: str, kept: Set[str]) -> str:
+    """A tag without needless ids, in the font and the colours of the page."""
+    tag = re.sub(r' id="([^"]+)"', lambda m: m[0] if m[1] in kept else "", tag)
+    tag = re.sub(r"font-family: [^;\"]*", "font-family: var(--text)", tag)
+    return re.sub(r"#[0-9a-f]{6}\b", _themed, tag).replace("xlink:href", "href")
 
 
 def _themed(colour: re.Match[str]) -> str:
@@ -63,8 +65,9 @@ def _themed(colour: re.Match[str]) -> str:
 
 @contextmanager
 def _style(salt: str, background: str) -> Iterator[None]:
-    """matplotlib's settings: text as text, nothing in it read as mathematics, our colours."""
-    import matplotlib as mpl
+    """matplotlib's own settings, not the user's, but: text as text, nothing in it read as
+    mathematics, our colours."""
+    from matplotlib.style import context
 
     style: dict[Any, Any] = {
         "axes.edgecolor": SOFT,
@@ -79,7 +82,7 @@ def _style(salt: str, background: str) -> Iterator[None]:
         "xtick.color": SOFT,
         "ytick.color": SOFT,
     }
-    with mpl.rc_context(style), warnings.catch_warnings():
+    with context(["default", style]), warnings.catch_warnings():
         # Names may have letters that matplotlib's font lacks; the page's font has them.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield

@@ -16,11 +16,13 @@ from kvant.report.layout import (
     Section,
     Table,
     count,
+    counted,
     decimals,
     in_order,
     signed,
+    sized,
 )
-from kvant.report.names import label_of, order
+from kvant.report.names import Formats, order
 from kvant.report.stored import Fidelity, FidelityRow, Source
 
 __all__ = ["Alike", "fidelity_groups", "fidelity_section", "kld_chart"]
@@ -47,6 +49,7 @@ class Alike:
     """Rows measured alike, the newest of each format, larger formats first."""
 
     settings: _Settings
+    formats: Formats
     rows: Mapping[str, FidelityRow]
     sources: tuple[Source, ...]
 
@@ -66,18 +69,19 @@ class Alike:
         return [row for spec, row in self.rows.items() if spec != self.settings.baseline]
 
 
-def fidelity_groups(sources: Sequence[Source]) -> list[Alike]:
+def fidelity_groups(sources: Sequence[Source], formats: Formats) -> list[Alike]:
     """Groups of rows that were measured alike; the one of most formats and positions first.
 
     Args:
         sources: oldest first.
+        formats: their names and sizes.
     """
     groups: dict[_Settings, dict[str, tuple[FidelityRow, Source]]] = {}
     for source in sources:
         if isinstance(source.stored, Fidelity):
             for settings, row in _settled(source.stored):
                 groups.setdefault(settings, {})[row.kv_spec] = row, source
-    alike = [_group(settings, rows) for settings, rows in groups.items()]
+    alike = [_group(settings, formats, rows) for settings, rows in groups.items()]
     return sorted(alike, key=lambda group: (-len(group.rows), -group.settings.positions))
 
 
@@ -113,18 +117,21 @@ def _told(command: str) -> str:
     return told[-1] if told else "auto"
 
 
-def _group(settings: _Settings, rows: Mapping[str, tuple[FidelityRow, Source]]) -> Alike:
+def _group(
+    settings: _Settings, formats: Formats, rows: Mapping[str, tuple[FidelityRow, Source]]
+) -> Alike:
     def place(spec: str) -> tuple[bool, tuple[int, float, str]]:
         return spec != settings.baseline, order(spec, rows[spec][0].bits_per_element)
 
     chosen = {spec: rows[spec][0] for spec in sorted(rows, key=place)}
-    return Alike(settings, chosen, in_order([source for _, source in rows.values()]))
+    return Alike(settings, formats, chosen, in_order([source for _, source in rows.values()]))
 
 
 def kld_chart(group: Alike, limit: float) -> Chart | None:
     """Divergence against bytes; None if no format has any. ``limit`` is drawn as a line."""
+    formats = group.formats
     points = [
-        Point(label_of(row.kv_spec, row.bits_per_element), row.bytes_per_token, row.kld)
+        Point(formats.label(row.kv_spec), formats.size(row.bits_per_element), row.kld)
         for row in group.compared
         if row.kld is not None and row.kld > 0
     ]
@@ -134,13 +141,14 @@ def kld_chart(group: Alike, limit: float) -> Chart | None:
     return Chart(
         name="divergence",
         title="How far predictions move: KL divergence against memory",
-        alt=f"{len(points)} formats between {count(min(p.size for p in points))} and "
-        f"{count(max(p.size for p in points))} bytes per token. Mean KL divergence is from "
+        alt=f"{counted(len(points), 'format')} from {sized(min(p.size for p in points))} to "
+        f"{sized(max(p.size for p in points))} {formats.axis}. Mean KL divergence is from "
         f"{decimals(best.value, '.2g')} nats ({best.label}) to {decimals(worst.value, '.2g')} "
         f"({worst.label}). All figures are in the table of fidelity.",
         draw=lambda figure: loss_chart(
             figure,
             points,
+            xlabel=formats.axis,
             ylabel="mean KL divergence, nats (log scale)",
             limit=(limit, f"{limit:g}: what kv=auto accepts"),
             log=True,
@@ -172,7 +180,7 @@ def fidelity_section(
 def _table(group: Alike) -> Table:
     it, base = group.settings, group.baseline
     greedy = next((row.greedy for row in group.rows.values() if row.greedy is not None), None)
-    head = ["format", "bits", "bytes/token", "KL mean", "KL 99 %", "top-1", "perplexity"]
+    head = ["format", "bits", group.formats.unit, "KL mean", "KL 99 %", "top-1", "perplexity"]
     weights = "" if it.weights == "auto" else f", {it.weights} weights"
     notes = [f"Perplexity of the baseline: {decimals(base.ppl, '.2f')}. ± is a standard error."]
     if len(group.sources) > 1:
@@ -185,20 +193,23 @@ def _table(group: Alike) -> Table:
         notes.append(f"Same text: tokens of {greedy.tokens} written greedily, median (quartiles).")
     return Table(
         caption=f"{base.windows} {TIMES} {count(it.ctx)} tokens of {it.text}, against "
-        f"{label_of(it.baseline)}; {it.dtype}{weights}",
+        f"{group.formats.label(it.baseline)}; {it.dtype}{weights}",
         head=head,
-        rows=[_cells(row, is_base=row is base)[: len(head)] for row in group.rows.values()],
+        rows=[
+            _cells(row, group.formats, is_base=row is base)[: len(head)]
+            for row in group.rows.values()
+        ],
         notes=notes,
     )
 
 
-def _cells(row: FidelityRow, *, is_base: bool) -> list[Cell]:
+def _cells(row: FidelityRow, formats: Formats, *, is_base: bool) -> list[Cell]:
     greedy = row.greedy
     error = None if is_base else row.kld_stderr
     return [
-        Cell(label_of(row.kv_spec, row.bits_per_element), "baseline" if is_base else ""),
+        Cell(formats.label(row.kv_spec), "baseline" if is_base else ""),
         Cell(f"{row.bits_per_element:.2f}"),
-        Cell(count(row.bytes_per_token)),
+        Cell(sized(formats.size(row.bits_per_element))),
         Cell(decimals(row.kld, "#.2g"), "" if error is None else f"±{decimals(error, '.1g')}"),
         Cell(decimals(row.kld_p99, "#.2g")),
         Cell(decimals(row.top1_percent, ".2f", " %")),

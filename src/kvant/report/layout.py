@@ -24,6 +24,7 @@ __all__ = [
     "decimals",
     "in_order",
     "signed",
+    "sized",
     "times",
 ]
 
@@ -106,6 +107,11 @@ def count(value: float) -> str:
 def counted(number: int, thing: str) -> str:
     """``1 data set``, ``12 data sets``."""
     return f"{count(number)} {thing}{'' if number == 1 else 's'}"
+
+
+def sized(value: float) -> str:
+    """Bytes without decimals; less than 100 are bits, with two."""
+    return count(value) if value >= 100 else f"{value:.2f}"
 
 
 def decimals(value: float | None, pattern: str = "#.3g", unit: str = "") -> str:

@@ -45,10 +45,9 @@ def _verdict(verdict: Verdict, *, several: bool) -> Iterator[str]:
     heading = "Which format to take"
     yield f"## {heading}{f': {_plain(verdict.model)}' if several else ''}"
     yield ""
-    if verdict.taken is not None:
-        yield f"**`{_code_word(verdict.taken)}`**: {_plain(verdict.reason)}"
-    else:
-        yield _plain(verdict.reason)
+    named = verdict.taken or verdict.provisional
+    told = "" if named is None else f" `{_code_word(named)}`"
+    yield f"**{verdict.headline}{told}.** {_plain(verdict.reason)}"
     yield from ("", _plain(verdict.rule), "")
     yield from _table(verdict.ladder)
 

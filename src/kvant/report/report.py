@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 
@@ -20,7 +19,15 @@ from kvant.report.layout import (
     decimals,
     in_order,
 )
-from kvant.report.names import describe, label_of, model_name, order
+from kvant.report.names import (
+    describe,
+    formats_of,
+    label_of,
+    measured_rows,
+    model_name,
+    once,
+    order,
+)
 from kvant.report.speed import (
     attention_section,
     growth_sections,
@@ -28,14 +35,24 @@ from kvant.report.speed import (
     serving_section,
     throughput_section,
 )
-from kvant.report.stored import Fidelity, Found, Machine, Source, Tasks, Tune
+from kvant.report.stored import (
+    Attention,
+    Fidelity,
+    Found,
+    Machine,
+    Serving,
+    Source,
+    Stored,
+    Tasks,
+    Tune,
+)
 from kvant.report.tasks import (
     accuracy_section,
     length_section,
     loss_of_tasks_chart,
     task_groups,
 )
-from kvant.report.verdict import MAX_KLD, MAX_LOSS, Verdict, judge
+from kvant.report.verdict import MAX_KLD, MAX_LOSS, Verdict, judge, matching
 
 __all__ = ["ABOUT", "Report", "make_report"]
 
@@ -59,8 +76,8 @@ class Report:
     verdicts  which format to take, one for each model that accuracy was measured of
     lead      the charts that stand above all sections
     sections  in order
-    shown, unused, others   files that figures are from; of a known kind of which nothing is
-                            shown; of other kinds
+    shown, others           files that figures are from; files of other kinds
+    unused                  files of a known kind of which nothing is shown, by the reason
     """
 
     title: str
@@ -71,7 +88,7 @@ class Report:
     lead: tuple[Chart, ...]
     sections: tuple[Section, ...]
     shown: tuple[Source, ...]
-    unused: tuple[str, ...]
+    unused: Mapping[str, tuple[str, ...]]
     others: tuple[str, ...]
 
     @property
@@ -88,19 +105,21 @@ def make_report(found: Found, title: str | None = None) -> Report:
         title: of the page; by default it names the models.
     """
     sources = found.sources
-    known = {model: None for source in sources if (model := getattr(source.stored, "model", None))}
-    models = list(known)
-    parts = [_of_model(model, sources, several=len(models) > 1) for model in models]
+    models = _models(sources)
+    parts = [_of_model(model, sources, several=several) for model, several in models.items()]
     sections = [section for part in parts for section in part.sections]
     for make in (attention_section, linear_section):
         if (section := make(sources)) is not None:
             sections.append(section)
-    sections = sorted([*sections, *_names_section(sources)], key=lambda section: section.place)
-    once = _once()
-    lead = [replace(chart, name=once(chart.name)) for part in parts for chart in part.lead]
+    sections = sorted(
+        [*sections, *_names_section(sources, list(models))], key=lambda section: section.place
+    )
+    unique = once("-{}")
+    lead = [replace(chart, name=unique(chart.name)) for part in parts for chart in part.lead]
     shown = in_order([source for section in sections for source in section.sources])
     dates = [source.date for source in shown or sources]
-    names = ", ".join(model_name(model) for model in models)
+    titles = [model_name(m) for m in _models([s for s in sources if not _serves(s)]) or models]
+    names = ", ".join(titles)
     return Report(
         title=title or f"KV cache formats{f' for {names}' if names else ''}",
         models=tuple(map(model_name, models)),
@@ -108,11 +127,40 @@ def make_report(found: Found, title: str | None = None) -> Report:
         dates=(min(dates), max(dates)),
         verdicts=tuple(part.verdict for part in parts if part.verdict is not None),
         lead=tuple(lead),
-        sections=tuple(_own_names(section, once) for section in sections),
+        sections=tuple(_own_names(section, unique) for section in sections),
         shown=shown,
-        unused=tuple(source.name for source in sources if source not in shown),
+        unused=_unused([source for source in sources if source not in shown]),
         others=found.others,
     )
+
+
+def _serves(source: Source) -> bool:
+    """Whether the model of a file is the name that a server gives it."""
+    return isinstance(source.stored, Serving)
+
+
+def _models(sources: Sequence[Source]) -> dict[str, bool]:
+    """The models, and whether titles need their names: a server's own name is no second one."""
+    known = {model: None for source in sources if (model := getattr(source.stored, "model", None))}
+    named = {getattr(source.stored, "model", None) for source in sources if not _serves(source)}
+    return dict.fromkeys(known, len(named & known.keys()) > 1)
+
+
+_REASONS: dict[type[Stored], str] = {
+    Fidelity: "newer files have the same formats, or there is no baseline in them",
+    Tasks: "other files have the same data sets, newer or with more items, or there is no baseline "
+    "in them",
+    Attention: "a newer file of the kind is shown, or they time no format against another",
+}
+
+
+def _unused(sources: Sequence[Source]) -> dict[str, tuple[str, ...]]:
+    """Names of files, by why nothing of them is shown."""
+    names: dict[str, tuple[str, ...]] = {}
+    for source in sources:
+        why = _REASONS.get(type(source.stored), "newer files have the same measurements")
+        names[why] = (*names.get(why, ()), source.name)
+    return names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,19 +174,18 @@ class _Part:
 
 def _of_model(model: str, sources: Sequence[Source], *, several: bool) -> _Part:
     mine = [source for source in sources if getattr(source.stored, "model", None) == model]
-    tasks, fidelity = task_groups(mine), fidelity_groups(mine)
-    best, whole = (tasks[0] if tasks else None), (fidelity[0] if fidelity else None)
-    lead = [
-        chart
-        for chart in (
-            None if whole is None else kld_chart(whole, MAX_KLD),
-            None if best is None else loss_of_tasks_chart(best, MAX_LOSS),
-        )
-        if chart is not None
-    ]
+    formats = formats_of(sources, model)
+    tasks, fidelity = task_groups(mine, formats), fidelity_groups(mine, formats)
+    # What the verdict is about stands first.
+    fidelity.sort(key=lambda each: each is not matching(fidelity, tasks))
+    charts = [kld_chart(each, MAX_KLD) for each in fidelity[:1]]
+    charts += [loss_of_tasks_chart(each, MAX_LOSS) for each in tasks[:1]]
+    lead = [chart for chart in charts if chart is not None]
     sections: list[Section | None] = [
         accuracy_section(
-            each, key="tasks", title="Accuracy on data sets" if each is best else "Other settings"
+            each,
+            key="tasks",
+            title="Accuracy on data sets" if each is tasks[0] else "Other settings",
         )
         for each in tasks
     ]
@@ -152,38 +199,27 @@ def _of_model(model: str, sources: Sequence[Source], *, several: bool) -> _Part:
             fidelity[1:], key="more-fidelity", title="Fidelity, other settings", place=MORE
         ),
         _tune_section(mine),
-        *growth_sections(mine, model),
-        throughput_section(mine, model),
-        serving_section(mine, model),
+        *growth_sections(mine, formats),
+        throughput_section(mine, formats),
+        serving_section(mine),
     ]
     name = model_name(model)
     kept = [section for section in sections if section is not None]
     if several:
         kept = [replace(section, title=f"{section.title}: {name}") for section in kept]
         lead = [replace(chart, title=f"{name}. {chart.title}") for chart in lead]
-    return _Part(verdict=judge(model, whole, best), lead=lead, sections=kept)
+    return _Part(verdict=judge(model, fidelity, tasks), lead=lead, sections=kept)
 
 
-def _once() -> Callable[[str], str]:
-    """Makes names that are there once, as links and files need."""
-    seen: Counter[str] = Counter()
-
-    def once(name: str) -> str:
-        seen[name] += 1
-        return name if seen[name] == 1 else f"{name}-{seen[name]}"
-
-    return once
-
-
-def _own_names(section: Section, once: Callable[[str], str]) -> Section:
-    charts = [replace(chart, name=once(f"speed-{chart.name}")) for chart in section.charts]
-    return replace(section, key=once(section.key), charts=charts)
+def _own_names(section: Section, unique: Callable[[str], str]) -> Section:
+    charts = [replace(chart, name=unique(f"speed-{chart.name}")) for chart in section.charts]
+    return replace(section, key=unique(section.key), charts=charts)
 
 
 def _tune_section(sources: Sequence[Source]) -> Section | None:
-    """Policies of formats by layer, of the newest file for each budget."""
+    """Policies of formats by layer, of the newest file for each budget and text."""
     newest = {
-        found.budget_bits: (found, source)
+        (found.budget_bits, found.text.source, found.text.sha256, found.dtype): (found, source)
         for source in sources
         if isinstance(found := source.stored, Tune)
     }
@@ -197,11 +233,12 @@ def _tune_section(sources: Sequence[Source]) -> Section | None:
         tables=[
             Table(
                 caption="Tuned for a budget",
-                head=["budget, bits", "bits", "KL divergence", "same in all layers", "bits",
+                head=["budget, bits", "text", "bits", "KL divergence", "same in all layers", "bits",
                       "KL divergence"],
                 rows=[
                     [
                         Cell(f"{found.budget_bits:g}"),
+                        Cell(found.text.source.rpartition("/")[2], found.dtype),
                         Cell(f"{found.bits_per_element:.2f}"),
                         Cell(decimals(found.kld, "#.2g")),
                         Cell(NONE if found.uniform_kv is None else label_of(found.uniform_kv)),
@@ -210,6 +247,7 @@ def _tune_section(sources: Sequence[Source]) -> Section | None:
                     ]
                     for _, (found, _) in sorted(newest.items(), reverse=True)
                 ],
+                words=2,
             )
         ],
         sources=[source for _, source in newest.values()],
@@ -218,22 +256,17 @@ def _tune_section(sources: Sequence[Source]) -> Section | None:
     )  # fmt: skip
 
 
-def _names_section(sources: Sequence[Source]) -> list[Section]:
+def _names_section(sources: Sequence[Source], models: Sequence[str]) -> list[Section]:
     """What the names of formats stand for."""
-    rows = [
-        row
-        for source in sources
-        if isinstance(source.stored, Fidelity | Tasks)
-        for row in source.stored.results
-    ]
-    bits = {row.kv_spec: row.bits_per_element for row in rows}
+    bits = {row.kv_spec: row.bits_per_element for row in measured_rows(sources)}
     if not bits:
         return []
+    formats = formats_of(sources, models[0])
     table = Table(
         caption="Formats in this report",
         head=["name", "what is stored", "bits per number, all included"],
         rows=[
-            [Cell(label_of(spec, bits[spec])), Cell(describe(spec)), Cell(f"{bits[spec]:.2f}")]
+            [Cell(formats.label(spec)), Cell(describe(spec)), Cell(f"{bits[spec]:.2f}")]
             for spec in sorted(bits, key=lambda spec: order(spec, bits[spec]))
         ],
         notes=[

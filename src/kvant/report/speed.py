@@ -22,9 +22,10 @@ from kvant.report.layout import (
     Table,
     count,
     decimals,
+    in_order,
     times,
 )
-from kvant.report.names import is_16_bit, label_of
+from kvant.report.names import Formats, is_16_bit
 from kvant.report.stored import (
     Attention,
     AttentionRow,
@@ -72,26 +73,57 @@ _PANELS: tuple[tuple[str, str, str, float], ...] = (
 )
 
 
-def growth_sections(sources: Sequence[Source], model: str) -> list[Section]:
-    """Charts and a table for each axis along which a static batch was measured.
+@dataclass(frozen=True, slots=True)
+class _Series:
+    """Rows of a file where nothing but an axis and the format changes."""
+
+    axis: _Axis
+    rows: Sequence[LatencyRow]
+    source: Source
+    dtype: str
+
+    @property
+    def facts(self) -> tuple[str, ...]:
+        """What does not change, in words."""
+        row = self.rows[0]
+        at = "one request" if row.concurrency == 1 else f"{row.concurrency} requests at a time"
+        return (
+            at if self.axis.key == "prompt_tokens" else f"prompts of {count(row.prompt_tokens)} "
+            "tokens",
+            f"{row.completion_tokens} tokens generated",
+            f"{row.weight_dtype} weights",
+            f"dtype {self.dtype}",
+        )  # fmt: skip
+
+
+def growth_sections(sources: Sequence[Source], formats: Formats) -> list[Section]:
+    """Charts and a table for each axis along which static batches were measured, and a table of
+    those that no axis has.
 
     Args:
-        sources: oldest first.
-        model: whose.
+        sources: of one model, oldest first.
+        formats: their names.
     """
-    series: dict[tuple[object, ...], tuple[_Axis, list[LatencyRow], Source]] = {}
+    series: dict[tuple[object, ...], _Series] = {}
+    single: dict[tuple[object, ...], tuple[LatencyRow, Source]] = {}
     for source in sources:
-        if isinstance(found := source.stored, Latency) and found.model == model:
+        if isinstance(found := source.stored, Latency):
+            alone = {id(row): row for row in found.results}
             for axis in _AXES:
                 for fixed, rows in _series(axis, found.results).items():
-                    series[(axis, found.dtype, *fixed)] = axis, rows, source
-    return [
-        _growth_section(axis, rows, source, number)
-        for wanted in _AXES
-        for number, (axis, rows, source) in enumerate(
-            each for each in series.values() if each[0] is wanted
-        )
-    ]
+                    series[(axis, found.dtype, *fixed)] = _Series(axis, rows, source, found.dtype)
+                    alone = {key: row for key, row in alone.items() if row not in rows}
+            for row in alone.values():
+                single[(found.dtype, row.kv_spec, *_case(row))] = row, source
+    sections = []
+    for axis in _AXES:
+        alike = [each for each in series.values() if each.axis is axis]
+        sections += [_growth_section(each, alike, formats) for each in alike]
+    return [*sections, *([_single_section(list(single.values()), formats)] if single else [])]
+
+
+def _case(row: LatencyRow) -> tuple[int, int, int, str]:
+    return row.prompt_tokens, row.concurrency, row.completion_tokens, row.weight_dtype
 
 
 def _series(axis: _Axis, rows: Sequence[LatencyRow]) -> dict[tuple[object, ...], list[LatencyRow]]:
@@ -107,16 +139,15 @@ def _series(axis: _Axis, rows: Sequence[LatencyRow]) -> dict[tuple[object, ...],
     }
 
 
-def _growth_section(
-    axis: _Axis, rows: Sequence[LatencyRow], source: Source, number: int
-) -> Section:
-    first = rows[0]
-    at = "one request" if first.concurrency == 1 else f"{first.concurrency} requests at a time"
-    held = at if axis.key == "prompt_tokens" else f"prompts of {count(first.prompt_tokens)} tokens"
+def _growth_section(series: _Series, alike: Sequence[_Series], formats: Formats) -> Section:
+    """The title names what tells the section from those ``alike``."""
+    axis, facts, number = series.axis, series.facts, alike.index(series)
+    told = [fact for fact, *others in zip(facts, *(each.facts for each in alike), strict=True)
+            if len(set(others)) > 1]  # fmt: skip
     key = f"{axis.key.replace('_', '-')}{f'-{number}' if number else ''}"
     by_format: dict[str, list[LatencyRow]] = {}
-    for row in rows:
-        by_format.setdefault(label_of(row.kv_spec), []).append(row)
+    for row in series.rows:
+        by_format.setdefault(formats.label(row.kv_spec), []).append(row)
     charts = [
         chart
         for panel in _PANELS
@@ -124,13 +155,43 @@ def _growth_section(
     ]
     return Section(
         key=f"by-{key}",
-        title=axis.title,
-        about=f"{held.capitalize()}, {first.completion_tokens} tokens generated, "
-        f"{first.weight_dtype} weights. Medians over requests.",
+        title=", ".join([axis.title, *told]),
+        about=f"{', '.join(facts).capitalize()}. Medians over requests.",
         charts=charts,
         tables=[_growth_table(axis, by_format)],
-        sources=[source],
+        sources=[series.source],
     )
+
+
+def _single_section(found: Sequence[tuple[LatencyRow, Source]], formats: Formats) -> Section:
+    return Section(
+        key="static-batch",
+        title="Speed of single cases",
+        about="Static batches of which neither the context nor the number of requests grows. "
+        "Medians over requests.",
+        tables=[
+            Table(
+                caption="Output tokens per second; below, time to the first token, then per token",
+                head=["format", "prompt, tokens", "requests", "generated", "weights", "tokens/s"],
+                rows=[
+                    [
+                        Cell(formats.label(row.kv_spec)),
+                        *(Cell(count(value)) for value in _case(row)[:3]),
+                        Cell(row.weight_dtype),
+                        _rate(row),
+                    ]
+                    for row, _ in found
+                ],
+            )
+        ],
+        sources=in_order([source for _, source in found]),
+    )
+
+
+def _rate(row: LatencyRow) -> Cell:
+    first = decimals(None if (ms := row.median_ttft_ms) is None else ms / 1e3, "#.3g", " s")
+    detail = f"{first}, then {decimals(row.median_tpot_ms, '#.3g', ' ms')}"
+    return Cell(decimals(row.output_throughput, "#.4g"), detail)
 
 
 def _growth_chart(
@@ -167,11 +228,7 @@ def _growth_table(axis: _Axis, by_format: Mapping[str, Sequence[LatencyRow]]) ->
 
     def cell(rows: Sequence[LatencyRow], value: int) -> Cell:
         row = next((row for row in rows if getattr(row, axis.key) == value), None)
-        if row is None:
-            return Cell(NONE)
-        first = decimals(None if (ms := row.median_ttft_ms) is None else ms / 1e3, "#.3g", " s")
-        detail = f"{first}, then {decimals(row.median_tpot_ms, '#.3g', ' ms')}"
-        return Cell(decimals(row.output_throughput, "#.4g"), detail)
+        return Cell(NONE) if row is None else _rate(row)
 
     return Table(
         caption="Output tokens per second; below, time to the first token, then per token",
@@ -180,13 +237,13 @@ def _growth_table(axis: _Axis, by_format: Mapping[str, Sequence[LatencyRow]]) ->
     )
 
 
-def throughput_section(sources: Sequence[Source], model: str) -> Section | None:
+def throughput_section(sources: Sequence[Source], formats: Formats) -> Section | None:
     """A table in the shape of LMDeploy's (requests per second and their ratio to 16 bit) for
     each workload, of the newest file."""
     newest: dict[tuple[str, ...], tuple[Throughput, Source]] = {}
     for source in sources:
         found = source.stored
-        if isinstance(found, Throughput) and found.model == model:
+        if isinstance(found, Throughput):
             workload = json.dumps(found.workload, sort_keys=True)
             newest[found.dtype, found.results[0].weight_dtype, workload] = found, source
     if not newest:
@@ -196,12 +253,12 @@ def throughput_section(sources: Sequence[Source], model: str) -> Section | None:
         title="Throughput of a data set",
         about="Requests of a data set, some at a time. In the same memory a smaller format holds "
         "more tokens, so more requests run at once; the last column says what the cache held.",
-        tables=[_throughput_table(found) for found, _ in newest.values()],
+        tables=[_throughput_table(found, formats) for found, _ in newest.values()],
         sources=[source for _, source in newest.values()],
     )
 
 
-def _throughput_table(found: Throughput) -> Table:
+def _throughput_table(found: Throughput, formats: Formats) -> Table:
     rows, first = found.results, found.results[0]
     base = next((row for row in rows if is_16_bit(row.kv_spec)), first)
     name = _data_of(found.workload)
@@ -209,10 +266,10 @@ def _throughput_table(found: Throughput) -> Table:
     return Table(
         caption=f"{name}, {count(first.completed)} requests, {at} at a time",
         head=[
-            "format", "requests/s", f"against {label_of(base.kv_spec)}", "output tokens/s",
+            "format", "requests/s", f"against {formats.label(base.kv_spec)}", "output tokens/s",
             "TTFT, s", "TPOT, ms", "running at once", "preempted", "cache, tokens",
         ],
-        rows=[_throughput_cells(row, base) for row in rows],
+        rows=[_throughput_cells(row, base, formats) for row in rows],
         notes=[
             f"{count(first.total_input_tokens)} tokens in, {count(first.total_output_tokens)} out, "
             f"{first.weight_dtype} weights. TTFT: time to the first token, waiting included; TPOT: "
@@ -227,15 +284,15 @@ def _data_of(workload: Mapping[str, Any]) -> str:
     return f"{workload.get('dataset')}{f' {file}' if file else ''}"
 
 
-def _throughput_cells(row: Speed, base: Speed) -> list[Cell]:
+def _throughput_cells(row: Speed, base: Speed, formats: Formats) -> list[Cell]:
     def seconds(ms: float | None) -> str:
         return decimals(None if ms is None else ms / 1e3, "#.3g")
 
-    ratio = row.request_throughput / base.request_throughput
+    rate, first = row.request_throughput, base.request_throughput
     return [
-        Cell(label_of(row.kv_spec), "baseline" if row is base else ""),
+        Cell(formats.label(row.kv_spec), "baseline" if row is base else ""),
         Cell(decimals(row.request_throughput)),
-        Cell(times(ratio)),
+        Cell(times(rate / first) if first else NONE),
         Cell(decimals(row.output_throughput, "#.4g")),
         Cell(seconds(row.median_ttft_ms), seconds(row.p99_ttft_ms)),
         Cell(decimals(row.median_tpot_ms), decimals(row.p99_tpot_ms)),
@@ -342,40 +399,44 @@ def linear_section(sources: Sequence[Source]) -> Section | None:
     )
 
 
-def serving_section(sources: Sequence[Source], model: str) -> Section | None:
-    """The newest measurement of a server."""
-    newest = _newest(sources, Serving, lambda found: found.model == model)
-    if newest is None:
+def serving_section(sources: Sequence[Source]) -> Section | None:
+    """A table for each workload, of the newest file."""
+    newest = {
+        json.dumps(found.workload, sort_keys=True): (found, source)
+        for source in sources
+        if isinstance(found := source.stored, Serving)
+    }
+    if not newest:
         return None
-    found, source = newest
-
-    def both(row: object, name: str) -> Cell:
-        middle, worst = (getattr(row, f"{each}_{name}_ms") for each in ("median", "p99"))
-        return Cell(decimals(middle, "#.4g"), decimals(worst, "#.4g"))
-
     return Section(
         key="serving",
         title="A server under load",
         about="Requests come at a rate that does not wait for answers. Median times, below them "
         "the 99th percentile.",
-        tables=[
-            Table(
-                caption=f"{_data_of(found.workload)} over HTTP",
-                head=["requests/s asked", "completed", "failed", "requests/s", "output tokens/s",
-                      "first token, ms", "between tokens, ms"],
-                rows=[
-                    [
-                        Cell("as logged" if row.request_rate is None else str(row.request_rate)),
-                        Cell(count(row.completed)),
-                        Cell(count(row.failed)),
-                        Cell(decimals(row.request_throughput)),
-                        Cell(decimals(row.output_throughput, "#.4g")),
-                        both(row, "ttft"),
-                        both(row, "itl"),
-                    ]
-                    for row in found.results
-                ],
-            )
+        tables=[_serving_table(found) for found, _ in newest.values()],
+        sources=in_order([source for _, source in newest.values()]),
+    )
+
+
+def _serving_table(found: Serving) -> Table:
+    def both(row: object, name: str) -> Cell:
+        middle, worst = (getattr(row, f"{each}_{name}_ms") for each in ("median", "p99"))
+        return Cell(decimals(middle, "#.4g"), decimals(worst, "#.4g"))
+
+    return Table(
+        caption=f"{_data_of(found.workload)} over HTTP",
+        head=["requests/s asked", "completed", "failed", "requests/s", "output tokens/s",
+              "first token, ms", "between tokens, ms"],
+        rows=[
+            [
+                Cell("as logged" if row.request_rate is None else str(row.request_rate)),
+                Cell(count(row.completed)),
+                Cell(count(row.failed)),
+                Cell(decimals(row.request_throughput)),
+                Cell(decimals(row.output_throughput, "#.4g")),
+                both(row, "ttft"),
+                both(row, "itl"),
+            ]
+            for row in found.results
         ],
-        sources=[source],
     )  # fmt: skip

@@ -13,7 +13,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from kvant.errors import RequestError
 
@@ -42,10 +42,21 @@ __all__ = [
 ]
 
 
+_MOST = 1e20  # no figure is larger; what is computed from them stays finite
+
+
 class _Record(BaseModel):
-    """A JSON object: further keys are passed over, NaN and infinity are refused."""
+    """A JSON object: further keys are passed over, NaN and absurd numbers are refused."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _sane(cls, value: object) -> object:
+        each = [*value, *value.values()] if isinstance(value, Mapping) else [value]
+        if any(isinstance(number, int | float) and abs(number) > _MOST for number in each):
+            raise ValueError(f"it is larger than {_MOST:g}")
+        return value
 
 
 class Machine(_Record):
@@ -88,8 +99,8 @@ class FidelityRow(_Record):
     ctx: int
     windows: int
     positions: int
-    bits_per_element: float = Field(gt=0)
-    bytes_per_token: float = Field(gt=0)
+    bits_per_element: float = Field(ge=0.01)
+    bytes_per_token: float = Field(ge=0.01)
     ppl: float | None
     dppl_percent: float | None
     kld: float | None
@@ -121,8 +132,8 @@ class TaskRow(_Record):
     """A format on a data set; ``value``, ``stderr`` and ``chance`` are shares from 0 to 1."""
 
     kv_spec: str
-    bits_per_element: float = Field(gt=0)
-    bytes_per_token: float = Field(gt=0)
+    bits_per_element: float = Field(ge=0.01)
+    bytes_per_token: float = Field(ge=0.01)
     task: str
     num_fewshot: int | None
     metric: str
@@ -157,7 +168,6 @@ class Tasks(Stored):
     weight_dtype: str
     data: str
     harness: Mapping[str, str | None]
-    limit: int | float | None
     chat_template: bool = False
     baseline: str
     results: tuple[TaskRow, ...] = Field(min_length=1)
@@ -169,6 +179,7 @@ class Tune(Stored):
 
     model: str
     dtype: str
+    text: _Text
     budget_bits: float
     kv: str
     bits_per_element: float
@@ -182,7 +193,6 @@ class Speed(_Record):
     """A format under a load. Rates are per second, times in milliseconds."""
 
     kv_spec: str
-    kv_bytes_per_token: float
     weight_dtype: str
     completed: int
     total_input_tokens: int

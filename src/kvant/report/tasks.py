@@ -4,7 +4,7 @@ against the baseline, and by context length."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvant.report.charts import Point, loss_chart
@@ -23,7 +23,7 @@ from kvant.report.layout import (
     in_order,
     signed,
 )
-from kvant.report.names import label_of, order
+from kvant.report.names import Formats, order
 from kvant.report.stored import Comparison, Source, TaskRow, Tasks
 
 __all__ = [
@@ -41,6 +41,7 @@ SIGNIFICANT = 0.05
 
 _CHANCE = 2.0  # standard errors above guessing that a score must have to say anything
 _SURE = 1.96  # standard errors: a two-sided interval of 95 %
+_FEWEST = 6  # items that differ: McNemar's exact p of fewer is never below 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,6 @@ class _Settings:
     dtype: str
     weights: str
     data: str
-    limit: float | None
     chat: bool
     baseline: str
 
@@ -72,21 +72,22 @@ class Mean:
     worse: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """Rows measured alike, by data set and format; the baseline is the first of ``specs``."""
+    """Rows measured alike, by data set and format, all formats of a data set on the same items.
+
+    specs    the formats, the baseline first
+    unlike   what is not in it for want of the same items or of a baseline, in words
+    """
 
     settings: _Settings
+    formats: Formats
     specs: tuple[str, ...]
     tasks: tuple[str, ...]
     rows: Mapping[tuple[str, str], TaskRow]
     comparisons: Mapping[tuple[str, str], Comparison]
     sources: tuple[Source, ...]
-
-    @property
-    def model(self) -> str:
-        """As the user named it."""
-        return self.settings.model
+    unlike: tuple[str, ...]
 
     @property
     def baseline(self) -> str:
@@ -95,11 +96,15 @@ class Measured:
 
     def label(self, spec: str) -> str:
         """The name of a format."""
-        return label_of(spec, self.any_row(spec).bits_per_element)
+        return self.formats.label(spec)
 
-    def any_row(self, spec: str) -> TaskRow:
-        """A row of this format: its size is the same in all."""
-        return next(row for (_, of), row in self.rows.items() if of == spec)
+    def bits(self, spec: str) -> float:
+        """Per element: they are the same on all data sets."""
+        return next(row.bits_per_element for (_, of), row in self.rows.items() if of == spec)
+
+    def size(self, spec: str) -> float:
+        """Of a token (:meth:`Formats.size`)."""
+        return self.formats.size(self.bits(spec))
 
     def at_chance(self, task: str) -> bool:
         """Whether the baseline is no better than guessing, so that nothing can be lost."""
@@ -118,12 +123,10 @@ class Measured:
         if not known or len(known) < len(found):
             return None
         errors = [each.stderr for each in known if each.stderr is not None]
-        least = [
-            max(error, 1 / self.rows[task, spec].items)
-            for task, error in zip(self.counted, errors, strict=False)
-        ]
-        sure = SIGNIFICANT / len(known)  # of many data sets some differ by luck
         complete = len(errors) == len(known)
+        items = (self.rows[task, spec].items for task in self.counted)
+        least = [max(error, 1 / many) for error, many in zip(errors, items, strict=False)]
+        sure = SIGNIFICANT / len(known)  # of many data sets some differ by luck
         return Mean(
             difference=sum(each.difference for each in known) / len(known),
             stderr=math.hypot(*errors) / len(known) if complete else None,
@@ -139,12 +142,12 @@ def _mark(comparison: Comparison, below: float = SIGNIFICANT) -> int:
     return -1 if comparison.difference < 0 else 1
 
 
-def task_groups(sources: Sequence[Source]) -> list[Measured]:
-    """Groups of rows that were measured alike; the one of most items first. Where files have
-    the same data set and format, the newest counts.
+def task_groups(sources: Sequence[Source], formats: Formats) -> list[Measured]:
+    """Groups of rows that were measured alike; the one of most items first.
 
     Args:
         sources: oldest first.
+        formats: their names and sizes.
     """
     groups: dict[_Settings, list[tuple[Tasks, Source]]] = {}
     for source in sources:
@@ -154,55 +157,76 @@ def task_groups(sources: Sequence[Source]) -> list[Measured]:
                 dtype=found.dtype,
                 weights=found.weight_dtype,
                 data=found.data,
-                limit=found.limit,
                 chat=found.chat_template,
                 baseline=found.baseline,
             )
             groups.setdefault(settings, []).append((found, source))
-    measured = [_merge(settings, each) for settings, each in groups.items()]
+    measured = [_merge(settings, formats, each) for settings, each in groups.items()]
     kept = [each for each in measured if each.rows]
     return sorted(kept, key=lambda each: -sum(row.items for row in each.rows.values()))
 
 
-def _merge(settings: _Settings, files: Sequence[tuple[Tasks, Source]]) -> Measured:
-    """A data set is of the newest file that has it, and of older ones with the same items."""
-    alike: dict[str, tuple[object, ...]] = {}
-    rows: dict[tuple[str, str], TaskRow] = {}
-    comparisons: dict[tuple[str, str], Comparison] = {}
-    used: list[Source] = []
+_How = tuple[object, ...]
+_Taken = tuple[TaskRow, Comparison | None, Source]
+
+
+def _how(row: TaskRow) -> _How:
+    """What must be equal for rows of a data set to be compared."""
+    return row.items, row.items_sha256, row.num_fewshot, row.metric
+
+
+def _merge(
+    settings: _Settings, formats: Formats, files: Sequence[tuple[Tasks, Source]]
+) -> Measured:
+    ways: dict[str, dict[_How, dict[str, _Taken]]] = {}
     for found, source in reversed(files):
-        compared = {(each.task, each.kv_spec): each for each in found.comparisons}
-        having = {row.task for row in found.results if row.kv_spec == settings.baseline}
-        for row in found.results:
-            how = (row.num_fewshot, row.metric, row.items_sha256)
-            key = row.task, row.kv_spec
-            if row.task not in having or alike.setdefault(row.task, how) != how or key in rows:
-                continue
-            rows[key] = row
-            used.append(source)
-            if key in compared:
-                comparisons[key] = compared[key]
-    sizes = {row.kv_spec: row.bits_per_element for row in rows.values()}
-    specs = sorted(sizes, key=lambda spec: (spec != settings.baseline, order(spec, sizes[spec])))
-    tasks = dict.fromkeys(row.task for found, _ in files for row in found.results)
+        for row, comparison in _compared(found):
+            by_spec = ways.setdefault(row.task, {}).setdefault(_how(row), {})
+            by_spec.setdefault(row.kv_spec, (row, comparison, source))
+    chosen = {task: _most(by_how.values()) for task, by_how in ways.items()}
+    kept = {(task, spec): each for task, rows in chosen.items() for spec, each in rows.items()}
+    all_rows = {(row.task, row.kv_spec): None for found, _ in files for row in found.results}
+    bits = {spec: row.bits_per_element for (_, spec), (row, _, _) in kept.items()}
+    specs = sorted(bits, key=lambda spec: (spec != settings.baseline, order(spec, bits[spec])))
     return Measured(
         settings=settings,
+        formats=formats,
         specs=tuple(specs),
-        tasks=tuple(task for task in tasks if task in alike),
-        rows=rows,
-        comparisons=comparisons,
-        sources=in_order(used),
+        tasks=tuple(dict.fromkeys(task for task, _ in all_rows if task in chosen)),
+        rows={key: row for key, (row, _, _) in kept.items()},
+        comparisons={key: each for key, (_, each, _) in kept.items() if each is not None},
+        sources=in_order([source for _, _, source in kept.values()]),
+        unlike=tuple(
+            f"{formats.label(spec)} on {task}"
+            for task, spec in all_rows
+            if (task, spec) not in kept
+        ),
     )
+
+
+def _compared(found: Tasks) -> Iterator[tuple[TaskRow, Comparison | None]]:
+    """The rows whose data set has a baseline on the same items, with their comparison."""
+    bases = {row.task: _how(row) for row in found.results if row.kv_spec == found.baseline}
+    pairs = {(each.task, each.kv_spec): each for each in found.comparisons}
+    for row in found.results:
+        if bases.get(row.task) == _how(row):
+            is_base = row.kv_spec == found.baseline
+            yield row, None if is_base else pairs.get((row.task, row.kv_spec))
+
+
+def _most(ways: Iterable[dict[str, _Taken]]) -> dict[str, _Taken]:
+    """That of most items, or the first of them; a baseline alone compares nothing."""
+    return max(ways, key=lambda by_spec: (len(by_spec) > 1, next(iter(by_spec.values()))[0].items))
 
 
 def loss_of_tasks_chart(group: Measured, limit: float) -> Chart | None:
     """Mean change of accuracy against bytes; None without formats to compare."""
     means = {spec: group.mean(spec) for spec in group.specs}
-    points = [Point(group.label(group.baseline), group.any_row(group.baseline).bytes_per_token, 0)]
+    points = [Point(group.label(group.baseline), group.size(group.baseline), 0)]
     points += [
         Point(
             group.label(spec),
-            group.any_row(spec).bytes_per_token,
+            group.size(spec),
             100 * mean.difference,
             None if mean.stderr is None else 100 * _SURE * mean.stderr,
         )
@@ -220,6 +244,7 @@ def loss_of_tasks_chart(group: Measured, limit: float) -> Chart | None:
         draw=lambda figure: loss_chart(
             figure,
             points,
+            xlabel=group.formats.axis,
             ylabel="mean change of accuracy, points (bars: 95 %)",
             limit=(-100 * limit, f"{signed(-100 * limit, 0)} point"),
             log=False,
@@ -245,16 +270,11 @@ def accuracy_section(group: Measured, *, key: str, title: str) -> Section:
     how += [f"{settings.dtype} computations"] if settings.dtype != "auto" else []
     how += ["questions in the chat template"] if settings.chat else []
     told = f" ({', '.join(how)})" if how else ""
-    limit = "all items of each data set"
-    if settings.limit is not None:
-        limit = f"at most {settings.limit:g} items of each data set"
-        if 0 < settings.limit < 1:
-            limit = f"{100 * settings.limit:g} % of each data set"
     return Section(
         key=key,
         title=title,
         about="Benchmark questions, answered with each format by the same model with the same "
-        f"weights{told}; {limit}. "
+        f"weights{told}. "
         f"Harness: {', '.join(sorted(harness))}.",
         tables=tables,
         sources=group.sources,
@@ -282,11 +302,13 @@ def _accuracy_table(group: Measured) -> Table:
 
 
 def _luck(group: Measured) -> str:
-    made = len(group.comparisons)
+    """How many marks say nothing. The test is exact, so luck alone gives fewer than 5 %."""
+    pairs = [each for each in group.comparisons.values() if each.gained + each.lost >= _FEWEST]
+    if len(pairs) < 1 / SIGNIFICANT:
+        return ""
     return (
-        f" Of {made} comparisons about {made * SIGNIFICANT:.0f} would be marked by luck alone."
-        if made >= 1 / SIGNIFICANT
-        else ""
+        f" Of {len(pairs)} comparisons with at least {_FEWEST} items that differ, at most about "
+        f"{len(pairs) * SIGNIFICANT:.0f} would be marked by luck alone."
     )
 
 
