@@ -70,5 +70,5 @@ def test_what_cannot_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"plot='a.txt' must end in .png"):
         check_plot(Path("a.txt"))
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ConfigError, match="pip install .kvant"):
+    with pytest.raises(ConfigError, match=r"pip install .kvant"):
         check_plot(Path("a.png"))

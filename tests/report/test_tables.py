@@ -293,3 +293,16 @@ def test_the_front_is_what_no_other_point_beats() -> None:
     points = [(3, 1), (1, 3), (2, 2), (2, 2.5), (3, 2), (4, 1)]
     assert [points[index] for index in front(points)] == [(1, 3), (2, 2), (3, 1)]
     assert front([]) == []
+
+
+def test_a_data_set_with_other_shots_is_another(tmp_path: Path) -> None:
+    """And short prompts are called so: formats with finer groups do not meet their coarse part."""
+    for shots, tokens in ((0, 90.0), (20, 1800.0)):
+        found = tasks({"arc-easy": {"bf16": 0.5, "int4": 0.4 - shots / 1000}})
+        for row in found["results"]:
+            row |= {"num_fewshot": shots, "prompt_tokens": tokens}
+        write(tmp_path, **{f"shots_{shots}": found})
+    text = render_markdown(make_report(read_results([tmp_path])), "command", None)
+    assert "arc-easy, 0-shot (" in text and "arc-easy, 20-shot (" in text
+    assert "prompts of 1,800 tokens" in text
+    assert "Short: prompts of arc-easy, 0-shot have at most 128 tokens" in text

@@ -136,6 +136,7 @@ class TaskRow(_Record):
     bytes_per_token: float = Field(ge=0.01)
     task: str
     num_fewshot: int | None
+    prompt_tokens: float | None = None
     metric: str
     value: float
     stderr: float | None

@@ -6,7 +6,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+from kvant.formats import PAGE_TOKENS
 from kvant.report.charts import Point, loss_chart
 from kvant.report.layout import (
     ACCURACY,
@@ -41,6 +43,7 @@ SIGNIFICANT = 0.05
 
 _CHANCE = 2.0  # standard errors above guessing that a score must have to say anything
 _SURE = 1.96  # standard errors: a two-sided interval of 95 %
+_FINE = 2 * PAGE_TOKENS  # tokens of a sequence that formats such as k4v4 keep finer
 _FEWEST = 6  # items that differ: McNemar's exact p of fewer is never below 0.05
 
 
@@ -111,6 +114,11 @@ class Measured:
         row = self.rows[task, self.baseline]
         return row.value - (row.chance or 0) <= _CHANCE * (row.stderr or 0)
 
+    def is_short(self, task: str) -> bool:
+        """Whether prompts are no longer than what some formats keep finer."""
+        tokens = self.rows[task, self.baseline].prompt_tokens
+        return tokens is not None and tokens <= _FINE
+
     @property
     def counted(self) -> list[str]:
         """The data sets that say something."""
@@ -166,6 +174,7 @@ def task_groups(sources: Sequence[Source], formats: Formats) -> list[Measured]:
     return sorted(kept, key=lambda each: -sum(row.items for row in each.rows.values()))
 
 
+_Named = TypeVar("_Named", TaskRow, Comparison)
 _How = tuple[object, ...]
 _Taken = tuple[TaskRow, Comparison | None, Source]
 
@@ -178,6 +187,7 @@ def _how(row: TaskRow) -> _How:
 def _merge(
     settings: _Settings, formats: Formats, files: Sequence[tuple[Tasks, Source]]
 ) -> Measured:
+    files = _told_apart(files)
     ways: dict[str, dict[_How, dict[str, _Taken]]] = {}
     for found, source in reversed(files):
         for row, comparison in _compared(found):
@@ -202,6 +212,29 @@ def _merge(
             if (task, spec) not in kept
         ),
     )
+
+
+def _told_apart(files: Sequence[tuple[Tasks, Source]]) -> list[tuple[Tasks, Source]]:
+    """A data set that was asked with several numbers of examples is several, by their names."""
+    shots: dict[str, set[int | None]] = {}
+    for found, _ in files:
+        for row in found.results:
+            shots.setdefault(row.task, set()).add(row.num_fewshot)
+
+    def renamed(found: Tasks) -> Tasks:
+        names = {
+            row.task: f"{row.task}, {row.num_fewshot}-shot"
+            for row in found.results
+            if len(shots[row.task]) > 1
+        }
+
+        def rename(each: _Named) -> _Named:
+            return each.model_copy(update={"task": names.get(each.task, each.task)})
+
+        results, pairs = map(rename, found.results), map(rename, found.comparisons)
+        return found.model_copy(update={"results": tuple(results), "comparisons": tuple(pairs)})
+
+    return [(renamed(found), source) for found, source in files]
 
 
 def _compared(found: Tasks) -> Iterator[tuple[TaskRow, Comparison | None]]:
@@ -292,6 +325,12 @@ def _accuracy_table(group: Measured) -> Table:
     ]
     if group.counted:
         rows += _mean_rows(group)
+    if short := [task for task in group.tasks if group.is_short(task)]:
+        notes.append(
+            f"Short: prompts of {', '.join(short)} have at most {_FINE} tokens in the mean. "
+            f"Formats that keep the first and the latest {_FINE // 2} tokens finer are hardly put "
+            "to the test by them."
+        )
     if low := [task for task in group.tasks if group.at_chance(task)]:
         notes.append(
             f"† at chance: {', '.join(low)} {'says' if len(low) == 1 else 'say'} nothing about "
@@ -318,8 +357,10 @@ def _task_cells(group: Measured, task: str) -> list[Cell]:
     items = count(base.items)
     whole = "" if base.of in (None, base.items) else f"of {count(base.of or 0)}"
     how = [base.metric]
-    if base.num_fewshot is not None:
+    if base.num_fewshot is not None and not task.endswith("-shot"):
         how.append(f"{base.num_fewshot}-shot")
+    if base.prompt_tokens is not None:
+        how.append(f"prompts of {count(round(base.prompt_tokens))} tokens")
     if base.chance is not None:
         how.append(f"guessing {100 * base.chance:.0f} %")
     return [

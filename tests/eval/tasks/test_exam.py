@@ -112,6 +112,20 @@ def test_shots_are_solved_examples_before_the_question(data: Path) -> None:
     assert len(heads) == 1  # so that it is computed once
 
 
+def test_examples_of_a_single_split_are_not_asked(data: Path) -> None:
+    plain, exam = _open("arc-easy", data), _open("arc-easy", data, num_fewshot=3)
+    questions = {each.doc["question"] for each in exam.instances}
+    assert (plain.of, exam.of) == (20, 17)
+    assert {each.doc["id"] for each in exam.instances} == {str(n) for n in range(17)}
+    (head,) = {each.args[0].rpartition("\n\n")[0] for each in exam.instances}
+    assert head.count("Question:") == 3 and exam.prompt_tokens > 2 * plain.prompt_tokens
+    assert not any(text in head for text in questions - {d["question"] for d in _last(plain, 3)})
+
+
+def _last(exam: Exam, count: int) -> list[dict[str, Any]]:
+    return list({each.doc["id"]: each.doc for each in exam.instances}.values())[-count:]
+
+
 def test_prompts_of_a_chat(data: Path) -> None:
     def chat(messages: Sequence[dict[str, str]], **_: object) -> str:
         return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"

@@ -37,6 +37,7 @@ _SEED = 1234  # of few-shot examples, where a task draws them: lm-eval's default
 _DEPTHS = 10
 _STOPS = ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]  # after a function: Chen et al.
 
+_EXAMPLES = "examples"
 _FIRST = {"fewshot_config": {"sampler": "first_n"}}  # the same for each question
 
 Metrics = dict[str, float]
@@ -98,8 +99,9 @@ class Options:
 class Exam:
     """Questions of one benchmark.
 
-    of       questions of the whole data set
-    digest   of all prompts: which questions, in which order, asked how
+    of             questions of the whole data set
+    digest         of all prompts: which questions, in which order, asked how
+    prompt_tokens  mean over questions, with the first choice
     """
 
     name: str
@@ -107,6 +109,7 @@ class Exam:
     tasks: Sequence[ConfigurableTask]
     of: int
     digest: str
+    prompt_tokens: float
 
     @property
     def instances(self) -> list[Instance]:
@@ -178,11 +181,16 @@ def open_exam(name: str, options: Options) -> Exam:
                 fewshot_as_multiturn=True,
                 chat_template=options.chat,
             )
-    prompts = hashlib.sha256()
+    prompts, tokens = hashlib.sha256(), []
     for task in asked:
         for instance in task.instances:
             prompts.update(json.dumps(instance.args, ensure_ascii=True).encode())
-    return Exam(name, bench, asked, sum(sizes), prompts.hexdigest())
+            if instance.idx == 0:
+                texts = [text for text in instance.args if isinstance(text, str)]
+                tokens.append(len(options.encode("".join(texts))))
+    return Exam(
+        name, bench, asked, sum(sizes), prompts.hexdigest(), sum(tokens) / max(len(tokens), 1)
+    )
 
 
 def _check_shots(name: str, task: ConfigurableTask, shots: int) -> None:
@@ -224,6 +232,9 @@ def _load(name: str, bench: Benchmark, options: Options) -> list[ConfigurableTas
         assert bench.read is not None
         found = {bench.task.format(x): rows for x, rows in bench.read(options.data).items()}
         _check_subjects(name, found, names)
+        if bench.shots and all(len(splits) == 1 for splits in found.values()):
+            found = {task: _set_apart(name, rows, bench.shots) for task, rows in found.items()}
+            changes["fewshot_split"] = _EXAMPLES
         members = [
             {"task": task, **changes, **bench.local,
              "custom_dataset": partial(_dataset, splits)}
@@ -239,6 +250,16 @@ def _load(name: str, bench: Benchmark, options: Options) -> list[ConfigurableTas
             f"the data of {name} cannot be had from the hub ({reason}); give a folder with --data"
         ) from error
     return list(loaded["tasks"].values())
+
+
+def _set_apart(name: str, splits: Splits, shots: int) -> Splits:
+    """The last questions of a data set of one split as solved examples, which are not asked."""
+    ((split, rows),) = splits.items()
+    if shots >= len(rows):
+        raise ConfigError(
+            f"num_fewshot={shots} of {name} leaves no question of {len(rows)}; ask with fewer"
+        )
+    return {split: rows[:-shots], _EXAMPLES: rows[-shots:]}
 
 
 def _check_subjects(name: str, found: Collection[str], expected: Collection[str]) -> None:

@@ -59,6 +59,7 @@ def task_row(
         "bytes_per_token": spec.bytes_per_token(shape),
         "task": exam.name,
         "num_fewshot": exam.bench.shots,
+        "prompt_tokens": round(exam.prompt_tokens, 1),
         "metric": metric,
         **scores[metric].as_json(),
         "chance": exam.bench.chance,
