@@ -306,3 +306,5 @@ def test_a_data_set_with_other_shots_is_another(tmp_path: Path) -> None:
     assert "arc-easy, 0-shot (" in text and "arc-easy, 20-shot (" in text
     assert "prompts of 1,800 tokens" in text
     assert "Short: prompts of arc-easy, 0-shot have at most 128 tokens" in text
+    assert "Left out of the mean." in text and "mean (of 1 data set)" in text
+    assert "with short prompts (arc-easy, 0-shot)" in text

@@ -121,8 +121,9 @@ class Measured:
 
     @property
     def counted(self) -> list[str]:
-        """The data sets that say something."""
-        return [task for task in self.tasks if not self.at_chance(task)]
+        """The data sets that say something; with short prompts only if there are no others."""
+        some = [task for task in self.tasks if not self.at_chance(task)]
+        return [task for task in some if not self.is_short(task)] or some
 
     def mean(self, spec: str) -> Mean | None:
         """None if the format lacks one of the data sets that count, or there is none."""
@@ -329,7 +330,7 @@ def _accuracy_table(group: Measured) -> Table:
         notes.append(
             f"Short: prompts of {', '.join(short)} have at most {_FINE} tokens in the mean. "
             f"Formats that keep the first and the latest {_FINE // 2} tokens finer are hardly put "
-            "to the test by them."
+            f"to the test by them.{'' if {*short} & {*group.counted} else ' Left out of the mean.'}"
         )
     if low := [task for task in group.tasks if group.at_chance(task)]:
         notes.append(

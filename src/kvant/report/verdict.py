@@ -235,8 +235,13 @@ def _left_out(
     """What the rule did not consider."""
     parts = []
     if best is not None:
-        if low := [task for task in best.tasks if task not in best.counted]:
-            parts.append(f"data sets at chance ({', '.join(low)})")
+        left = [task for task in best.tasks if task not in best.counted]
+        for what, some in (
+            ("at chance", [task for task in left if best.at_chance(task)]),
+            ("with short prompts", [task for task in left if not best.at_chance(task)]),
+        ):
+            if some:
+                parts.append(f"data sets {what} ({', '.join(some)})")
         if best.unlike:
             parts.append(f"other items, or no baseline ({', '.join(best.unlike)})")
     if names := _names(each for each in tasks if each is not best):
