@@ -170,8 +170,8 @@ def open_exam(name: str, options: Options) -> Exam:
     tasks = _OWN[name](options) if name in _OWN else _load(name, bench, options)
     sizes = [len(task.eval_docs) for task in tasks]
     chosen = _spread(sizes, options.limits.get(name))
-    asked = [task for task, samples in zip(tasks, chosen, strict=True) if samples]
-    for task, samples in zip(asked, [each for each in chosen if each], strict=True):
+    asked = {task: samples for task, samples in zip(tasks, chosen, strict=True) if samples}
+    for task, samples in asked.items():
         _check_shots(name, task, bench.shots)
         task.set_fewshot_seed(_SEED)
         with redirect_stderr(io.StringIO()):  # a bar for each of 57 subjects
@@ -189,7 +189,7 @@ def open_exam(name: str, options: Options) -> Exam:
                 texts = [text for text in instance.args if isinstance(text, str)]
                 tokens.append(len(options.encode("".join(texts))))
     return Exam(
-        name, bench, asked, sum(sizes), prompts.hexdigest(), sum(tokens) / max(len(tokens), 1)
+        name, bench, list(asked), sum(sizes), prompts.hexdigest(), sum(tokens) / len(tokens)
     )
 
 
@@ -285,8 +285,19 @@ def _dataset(splits: Splits, **_: object) -> Mapping[str, datasets.Dataset]:
     return {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
 
 
-def _own_task(name: str, rows: Rows, **config: Any) -> list[ConfigurableTask]:
-    """A task of kvant's own, in lm-eval's terms."""
+def _own_task(
+    name: str,
+    rows: Rows,
+    right: Callable[[dict[str, Any], Any], bool],
+    *,
+    target: str,
+    until: Sequence[str],
+    tokens: int,
+    **config: Any,
+) -> list[ConfigurableTask]:
+    """A task of kvant's own, in lm-eval's terms: texts of at most so many tokens up to a stop text,
+    and whether the answer to a row is right."""
+    metric = BENCHMARKS[name].metric
     task = ConfigurableTask(
         config={
             "task": name,
@@ -294,10 +305,11 @@ def _own_task(name: str, rows: Rows, **config: Any) -> list[ConfigurableTask]:
             "test_split": "test",
             "output_type": "generate_until",
             "doc_to_text": "{{prompt}}",
+            "doc_to_target": target,
             "num_fewshot": 0,
-            "metric_list": [
-                {"metric": BENCHMARKS[name].metric, "aggregation": "mean", "higher_is_better": True}
-            ],
+            "generation_kwargs": {"until": until, "max_gen_toks": tokens, "do_sample": False},
+            "process_results": lambda doc, answers: {metric: float(right(doc, answers[0]))},
+            "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True}],
             "metadata": {"version": 1.0},
             **config,
         }
@@ -323,55 +335,39 @@ def _humaneval(options: Options) -> list[ConfigurableTask]:
         ]
         return [[verdict.passed] for verdict in run_programs(programs)]
 
-    def passed(_: dict[str, Any], verdicts: Sequence[Sequence[bool]]) -> Metrics:
-        return {"pass@1": float(verdicts[0][0])}
-
     return _own_task(
         "humaneval",
         rows,
-        doc_to_target="{{canonical_solution}}",
-        generation_kwargs={"until": _STOPS, "max_gen_toks": 512, "do_sample": False},
+        lambda _, verdicts: bool(verdicts[0]),
+        target="{{canonical_solution}}",
+        until=_STOPS,
+        tokens=512,
         filter_list=[{"name": "run", "filter": [{"function": "custom", "filter_fn": run}]}],
-        process_results=passed,
     )
 
 
 def _needle(options: Options) -> list[ConfigurableTask]:
     essays = retrieval.read_essays(_need_data("needle", options))
     rows = retrieval.needle_rows(essays, options.count_tokens, options.checked_lengths(), _DEPTHS)
-
-    def found(doc: dict[str, Any], answers: Sequence[str]) -> Metrics:
-        return {"found": float(retrieval.needle_found(answers[0], doc))}
-
     return _own_task(
         "needle",
         rows,
-        doc_to_target="{{target}}",
-        generation_kwargs={
-            "until": ["\n\n"],
-            "max_gen_toks": retrieval.NEEDLE_TOKENS,
-            "do_sample": False,
-        },
-        process_results=found,
+        lambda row, answer: retrieval.needle_found(answer, row),
+        target="{{target}}",
+        until=["\n\n"],
+        tokens=retrieval.NEEDLE_TOKENS,
     )
 
 
 def _passkey(options: Options) -> list[ConfigurableTask]:
     rows = retrieval.passkey_rows(options.count_tokens, options.checked_lengths(), _DEPTHS)
-
-    def found(doc: dict[str, Any], answers: Sequence[str]) -> Metrics:
-        return {"found": float(retrieval.passkey_found(answers[0], doc["target"]))}
-
     return _own_task(
         "passkey",
         rows,
-        doc_to_target="{{target}}",
-        generation_kwargs={
-            "until": ["\n"],
-            "max_gen_toks": retrieval.PASSKEY_TOKENS,
-            "do_sample": False,
-        },
-        process_results=found,
+        lambda row, answer: retrieval.passkey_found(answer, row["target"]),
+        target="{{target}}",
+        until=["\n"],
+        tokens=retrieval.PASSKEY_TOKENS,
     )
 
 
