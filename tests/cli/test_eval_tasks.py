@@ -216,6 +216,32 @@ def test_retrieval_by_length(run: Run, tiny: str, data: Path) -> None:
     assert set(row["lengths"]) <= {"700", "1000"} and row["of"] == 20
 
 
-def test_lm_eval_through_kvant(run: Run) -> None:
+def test_lm_eval_through_kvant(run: Run, tiny: str, tmp_path: Path) -> None:
+    """The command line of lm-eval itself, with a task file of the user's."""
     assert "--model kvant" in run("lm-eval", "--help").out
     assert run("lm-eval").code == 2
+    rows = [{"question": f"number {n}", "right": n % 2} for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "task.yaml").write_text(
+        f"""
+task: made_up
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "rows.jsonl"}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_target: right
+doc_to_choice: ["yes", "no"]
+"""
+    )
+    process = start(
+        "lm-eval", "--model", "kvant", "--model_args", f"pretrained={tiny},kv=int4h,dtype=float32",
+        "--tasks", str(tmp_path / "task.yaml"), "--output_path", str(tmp_path / "out"),
+    )  # fmt: skip
+    done = finish(process, timeout=300)
+    assert done.code == 0, done.err
+    (found,) = (tmp_path / "out").rglob("results_*.json")
+    stored = json.loads(found.read_text())
+    assert stored["n-samples"]["made_up"]["effective"] == 8
+    assert 0 <= stored["results"]["made_up"]["acc,none"] <= 1
+    assert stored["config"]["batch_size"] == "auto"
