@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -61,3 +63,19 @@ def test_without_matplotlib(run: Run, tmp_path: Path, monkeypatch: pytest.Monkey
         2, "matplotlib", 'pip install "kvant[eval]"'
     )
     assert run("report", tmp_path, "--markdown", tmp_path / "a.md").code == 0
+
+
+def test_the_table_in_the_documentation_is_what_its_command_writes(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(__file__).parents[2]
+    page = (root / "docs/accuracy.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^    kvant (report .*)$", page, flags=re.MULTILINE)
+    words = shlex.split(command)
+    words[words.index("--markdown") + 1] = str(tmp_path / "accuracy.md")
+    monkeypatch.chdir(root)
+    assert run(*words).code == 0
+    written = (tmp_path / "accuracy.md").read_text(encoding="utf-8")
+
+    before, after = page.split(f"    kvant {command}\n")  # written has pytest's command there
+    assert written.startswith(before) and written.endswith(after)
