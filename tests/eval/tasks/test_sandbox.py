@@ -512,7 +512,12 @@ def test_programs_end_with_who_started_them(end: signal.Signals) -> None:
         "source = 'import signal; signal.signal(15, signal.SIG_IGN)\\nwhile True: signal.pause()'\n"
         "run_programs([source] * 6, workers=3, seconds=600)"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stderr=subprocess.PIPE,
+        # A test run in the background of a script has SIGINT ignored, which children inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         try:
             until = time.monotonic() + LONG
             while len(_descendants(process.pid)) < 6:  # a supervisor and a program each

@@ -126,5 +126,8 @@ def mcnemar(gained: int, lost: int) -> float:
     """McNemar's exact test: the two-sided probability that a fair coin splits ``gained + lost``
     at least as unevenly."""
     count = gained + lost
-    tail = sum(math.comb(count, k) for k in range(min(gained, lost) + 1))
+    tail, ways = 0, 1  # of choosing k among all that differ
+    for k in range(min(gained, lost) + 1):
+        tail += ways
+        ways = ways * (count - k) // (k + 1)
     return min(1.0, float(Fraction(2 * tail, 2**count)))
