@@ -61,7 +61,7 @@ def numbers(name: str, text: str, example: str) -> list[int]:
 def check_targets(options: Namespace) -> None:
     """Raise an error if a file that the user wants cannot be written: better now than in an
     hour."""
-    for name in ("output", "csv", "plot"):
+    for name in ("output", "csv", "markdown", "plot"):
         path = getattr(options, name, None)
         if path is None:
             continue

@@ -12,6 +12,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvant.cli.measuring import check_targets
 from kvant.errors import RequestError
 from kvant.figure import need_matplotlib
 
@@ -47,11 +48,10 @@ def configure(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> int:
     """Read, write, and say what was written."""
+    if options.output is None and options.plots is None and options.markdown is None:
+        options.output = "report.html"
     output = options.output
-    if output is None and options.plots is None and options.markdown is None:
-        output = "report.html"
-    for name, file in (("output", output), ("markdown", options.markdown)):
-        _check(name, file)
+    check_targets(options)
     from kvant.report import make_report, read_results, render_markdown, render_page
     from kvant.report.layout import counted
 
@@ -71,12 +71,6 @@ def run(options: Namespace) -> int:
         + (f", {counted(left, 'file')} not shown (the page lists them)" if left else "")
     )
     return 0
-
-
-def _check(name: str, file: str | None) -> None:
-    """Raise RequestError if a file cannot be there."""
-    if file is not None and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
-        raise RequestError(f"--{name} {file} is a folder or in a folder that is not there")
 
 
 def _paths(words: list[str]) -> list[Path]:

@@ -46,27 +46,29 @@ class Likelihood:
 @dataclass(slots=True, eq=False)
 class _Scores:
     """Some tokens at the end of a sequence, each with its log-probability; a
-    :class:`kvant.request.LogitsSink`. ``wanted`` are the (place, token) pairs to look up: several
-    tokens can be wanted at one place. Positions that come again replace what was there."""
+    :class:`kvant.request.LogitsSink`. ``wanted`` are the tokens to look up at a position, several
+    if continuations differ there. Positions that come again replace what was there."""
 
     first: int
-    wanted: dict[tuple[int, int], tuple[float, bool]] = field(default_factory=dict)
+    wanted: dict[int, dict[int, tuple[float, bool]]] = field(default_factory=dict)
 
     def __call__(self, start: int, logits: NDArray[np.float32]) -> None:
-        for position, token in self.wanted:
+        for position, tokens in self.wanted.items():
             row = position - start
             if 0 <= row < len(logits):
-                self.wanted[position, token] = _look_up(logits[row], token)
+                _look_up(logits[row], tokens)
 
     def of(self, continuation: Sequence[int]) -> Likelihood:
-        found = [self.wanted[self.first + i, token] for i, token in enumerate(continuation)]
+        found = [self.wanted[self.first + i][token] for i, token in enumerate(continuation)]
         return Likelihood(sum(each[0] for each in found), all(each[1] for each in found))
 
 
-def _look_up(logits: NDArray[np.float32], token: int) -> tuple[float, bool]:
+def _look_up(logits: NDArray[np.float32], tokens: dict[int, tuple[float, bool]]) -> None:
+    """Put the log-probability of each token there, and whether it is the likeliest."""
     top = int(logits.argmax())
-    norm = np.exp(logits - logits[top]).sum(dtype=np.float64)
-    return float(np.float64(logits[token]) - logits[top] - np.log(norm)), top == token
+    norm = np.log(np.exp(logits - logits[top]).sum(dtype=np.float64))
+    for token in tokens:
+        tokens[token] = float(np.float64(logits[token]) - logits[top] - norm), top == token
 
 
 @dataclass(slots=True)
@@ -160,7 +162,7 @@ class Scorer:
             scores = _Scores(work.first)
             for _, continuation in work.continuations:
                 for place, token in enumerate(continuation):
-                    scores.wanted[work.first + place, token] = (-np.inf, False)
+                    scores.wanted.setdefault(work.first + place, {})[token] = (-np.inf, False)
             request = self.pipe.score_request(work.ids, scores, first=work.first)
             context = work.ids[: work.first + 1]
             if head is not None and tuple(head.tokens[: head.logits_from + 1]) == context:
