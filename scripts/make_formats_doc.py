@@ -26,6 +26,7 @@ from kvant.formats import (
     affine,
     auto,
     base,
+    float8,
     hadamard,
     midpoint,
     packing,
@@ -39,6 +40,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 MEASURED = (
     "fidelity-presets-smollm2-2026-11-23.json",
     "fidelity-formats-smollm2-2026-11-23.json",
+    "fidelity-fp8-smollm2-2026-11-23.json",
     "fidelity-tuned-4.6-smollm2-2026-11-23.json",
     "fidelity-tuned-3.7-smollm2-2026-11-23.json",
 )
@@ -177,7 +179,8 @@ def document() -> str:
 
         `quant_policy` has LMDeploy's numbers: {policies}. 4 means `{four}`, because LMDeploy's own
         4-bit arithmetic (`int4` here, by name) loses {loss_ratio:.0f} times as much on the same
-        text and destroys models with large key biases. 8 is LMDeploy's arithmetic.
+        text and destroys models with large key biases. 8 is LMDeploy's arithmetic; 16 is its
+        type of numbers, but with a scale for each token and head where LMDeploy's is always 1.
 
         `auto` takes the smallest preset whose measured mean KL divergence is at most {bound} nats
         for the model's architecture, and says which; for an architecture without measurements it
@@ -241,6 +244,7 @@ def document() -> str:
             ("Pages", base),
             ("int8, int4, int8h, int4h and the formats by channel", affine),
             ("Values without a zero: int4m, int3m, int2m", midpoint),
+            ("fp8", float8),
             ("Rotation", hadamard),
             ("Codes as bytes", packing),
             ("f32, f16, bf16", plain),

@@ -38,8 +38,12 @@ using namespace kvant;
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLowest = -FLT_MAX;  // the maximum of no scores, finite so that differences are
 
-// (kernels/cpu.py tells the same to tests.)
-constexpr bool wide(const Part& part) { return part.family != Family::plain && part.bits > 4; }
+// Whether codes are multiplied as integers, and of how many bits the other factor is. (kernels/cpu.py
+// tells the same to tests.)
+constexpr bool coded(const Part& part) {
+    return part.family == Family::affine || part.family == Family::midpoint;
+}
+constexpr bool wide(const Part& part) { return coded(part) && part.bits > 4; }
 
 // ------------------------------------------------------------------------------------------------
 // Products with what pages hold. B is lines of 64 bytes, [block][word][16 columns][4 bytes]: columns
@@ -311,6 +315,53 @@ static void widen_blocks(const uint8_t* from, uint8_t* lines, int dim, int words
             next.pull();
             std::memcpy(lines + 64 * (first / 16 * words + w) + first % 16 * 4, from, 32);
         }
+}
+
+// Numbers of 8 bits times their scales (float8.py), as lines of float32: [16 tokens][columns][16] of
+// keys, and of values [columns / 16][64 tokens][16], a token in each line.
+static void open_float8_keys(const Part& part, const uint8_t* data, uint8_t* lines, int dim,
+                             Stream& next) {
+    const auto* scales = reinterpret_cast<const uint16_t*>(data + part.scale);
+    const uint8_t* from = data + part.codes[0];
+    auto* to = reinterpret_cast<float*>(lines);
+    for (int block = 0; block < kPageTokens; block += 16) {
+        const F scale = mul(load_f16(scales + block), set(256.0f));
+        for (int w = 0; w < dim / 4; ++w, from += 64, to += 64) {
+            const I words = iload(from);
+            next.pull();
+            store(to, mul(e4m3_at<0>(words), scale));
+            store(to + 16, mul(e4m3_at<1>(words), scale));
+            store(to + 32, mul(e4m3_at<2>(words), scale));
+            store(to + 48, mul(e4m3_at<3>(words), scale));
+        }
+    }
+}
+template <int kColumns>
+static void open_float8_values(const Part& part, const uint8_t* data, uint8_t* lines, int dim,
+                               Stream& next) {
+    const auto* halves = reinterpret_cast<const uint16_t*>(data + part.scale);
+    const uint8_t* from = data + part.codes[0];
+    float scales[kPageTokens];
+    for (int t = 0; t < kPageTokens; t += kLanes)
+        store(scales + t, mul(load_f16(halves + t), set(256.0f)));
+    for (int first = 0; first < dim; first += kColumns) {
+        auto* block = reinterpret_cast<float*>(lines) + first / 16 * 16 * kPageTokens + first % 16;
+        for (int w = 0; w < 16; ++w, from += 4 * kColumns) {
+            alignas(64) uint8_t line[64] = {};
+            const I words = iload(kColumns == 16 ? from : std::memcpy(line, from, 4 * kColumns));
+            const auto put = [&](int t, F x) __attribute__((always_inline)) {
+                float row[kLanes];
+                store(row, mul(x, set(scales[t])));
+                std::memcpy(block + 16 * t, row, sizeof(float) * kColumns);
+            };
+            const int token = w / 4 * 16 + w % 4 * 2;
+            next.pull();
+            put(token, e4m3_at<0>(words));
+            put(token + 1, e4m3_at<1>(words));
+            put(token + 8, e4m3_at<2>(words));
+            put(token + 9, e4m3_at<3>(words));
+        }
+    }
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -711,7 +762,7 @@ struct Work {
         fine = queries(call.fine.k);
         split = state();
         total = state();
-        k_lines = arena.take<uint8_t>(kPageTokens * padded_dim);
+        k_lines = arena.take<uint8_t>(4 * kPageTokens * padded_dim);
         v_lines = arena.take<uint8_t>(4 * kPageTokens * padded_dim);
         const int most = padded_dim > kPageTokens ? padded_dim : kPageTokens;
         k_scales = {arena.take<float>(most), arena.take<float>(most)};
@@ -749,7 +800,7 @@ static void prepare(const Work& work, const Queries& q, const Part& part, const 
                         address(work.call.q, seq.row + at.position - seq.start, at.head),
                         2 * work.dim);
         if (part.rotated) rotate(x, work.dim, work.call.store->signs);
-        if (part.family == Family::plain || part.by_page) continue;
+        if (!coded(part) || part.by_page) continue;
         F total = zero(), most = zero();
         for (int d = 0; d < padded_dim; d += kLanes) {
             const F each = load(x + d);
@@ -825,7 +876,7 @@ static void attend_rows(const Work& work, int first, const Page& page, const Til
         everywhere &= seen[r];
     }
 
-    if (k.family != Family::plain) {
+    if (coded(k)) {
         if (k.by_page) prepare_for_page(work, q, k, first, R);
         code_scores<R>(work.scores, q, first, dim, k.by_page, keys.packed, keys.lines,
                        work.k_scales, next);
@@ -840,7 +891,7 @@ static void attend_rows(const Work& work, int first, const Page& page, const Til
                                     work.unit, next);
     }
 
-    const bool codes = v.family != Family::plain;
+    const bool codes = coded(v);
     const Bytes bytes{work.weights.high, wide(v) ? work.weights.low : nullptr, kPageTokens};
     Weights of[R] = {};
     F most = zero(), sums = zero();  // lanes are rows
@@ -945,13 +996,14 @@ static void attend_blocks(const Work& work, int first, int end, Rest&... rest) {
 // How often `attend_page` pulls at its stream.
 static int pulls(const Part& k, const Part& v, int dim, int rows) {
     const auto words = [](const Part& part, int length) {
-        if (part.family != Family::plain) return length / 4 * (wide(part) ? 2 : 1);
+        if (coded(part)) return length / 4 * (wide(part) ? 2 : 1);
         return part.dtype == DType::f32 ? length : length / 2;
     };
     const int key_words = words(k, dim) / (k.bits == 4 && rows <= kRows ? 2 : 1);
     const auto unpacked = [&](const Part& part) {
         const bool at_once = part.bits == 8 || (part.bits == 4 && rows <= kRows);
-        return part.family == Family::plain || at_once ? 0 : dim * part.bits / 8;
+        const bool as_stored = coded(part) ? at_once : part.family == Family::plain;
+        return as_stored ? 0 : dim * part.bits / 8;
     };
     const int row_blocks = (rows + kRows - 1) / kRows;
     const int columns = (padded(dim) / 16 + kBlocks - 1) / kBlocks;
@@ -959,13 +1011,21 @@ static int pulls(const Part& k, const Part& v, int dim, int rows) {
            8 * rows + unpacked(k) + unpacked(v);
 }
 
-// Codes that many rows need, or that cannot be taken from where they are, are unpacked first.
+// Codes that many rows need, or that cannot be taken from where they are, are unpacked first, and
+// numbers of 8 bits.
 static Opened open(const Part& part, Side side, const uint8_t* data, uint8_t* lines, int dim,
                    int rows, Stream& next) {
     const bool whole_blocks = side == Side::k || dim % 16 == 0;
     if (part.family == Family::plain) {
         if (whole_blocks) return {data, false};
         widen_blocks(data, lines, dim, part.dtype == DType::f32 ? 64 : 32, next);
+    } else if (part.family == Family::float8) {
+        if (side == Side::k)
+            open_float8_keys(part, data, lines, dim, next);
+        else if (whole_blocks)
+            open_float8_values<16>(part, data, lines, dim, next);
+        else
+            open_float8_values<8>(part, data, lines, dim, next);
     } else {
         if (part.bits == 8 && whole_blocks) return {data + part.codes[0], false};
         if (part.bits == 4 && rows <= kRows && dim % (side == Side::k ? 8 : 32) == 0)
@@ -985,9 +1045,9 @@ static void attend_page(const Work& work, const Page& page, const Tile& tile, co
         const int step = bytes / pulls(k, v, dim, rows);
         next = {after->k_data, after->k_data + bytes, (step + 63) / 64 * 64};
     }
-    if (k.family != Family::plain)
+    if (coded(k))
         read_scales(k, page.k_data, k.by_page ? dim : kPageTokens, work.k_scales);
-    if (v.family != Family::plain)
+    if (coded(v))
         read_scales(v, page.v_data, v.by_page ? dim : kPageTokens, work.v_scales);
     const Opened keys = open(k, Side::k, page.k_data, work.k_lines, dim, rows, next);
     const Opened values = open(v, Side::v, page.v_data, work.v_lines, dim, rows, next);

@@ -291,19 +291,24 @@ float best_clip(const float* x, int dim, float largest, float half) {
     return kClips[best];
 }
 
-void put_midpoint(uint8_t* page, const Part& part, Side side, int dim, int token, const float* x) {
-    const float half = static_cast<float>(1 << (part.bits - 1));
+// The largest magnitude of a row; NaN if an element is not finite.
+float largest_of(const float* x, int dim) {
     F most = zero(), broken = zero();
     for (int d = 0; d < dim; d += kLanes) {
         most = max(abs(load(x + d)), most);
         broken = add(broken, mul(load(x + d), zero()));
     }
+    return any(is_nan(broken)) ? __builtin_nanf("") : highest(most);
+}
+
+void put_midpoint(uint8_t* page, const Part& part, Side side, int dim, int token, const float* x) {
+    const float half = static_cast<float>(1 << (part.bits - 1));
+    const float largest = largest_of(x, dim);
     Codes codes;
     F scale = nan();
-    if (any(is_nan(broken))) {
+    if (largest != largest) {
         end_codes(codes, 0);
     } else {
-        const float largest = highest(most);
         scale = scales_of(set(best_clip(x, dim, largest, half)), largest, half);
         for (int d = 0; d < dim; d += kLanes) {
             const F level = levels_of(load(x + d), scale, half);
@@ -326,6 +331,38 @@ void get_midpoint(uint8_t* page, const Part& part, Side side, int dim, int token
 }
 
 // ------------------------------------------------------------------------------------------------
+// float8.py
+
+constexpr float kE4M3Max = 448.0f;
+
+void put_float8(uint8_t* page, const Part& part, Side side, int dim, int token, const float* x) {
+    const float largest = largest_of(x, dim);
+    Codes codes;
+    F scale = nan();
+    if (largest != largest) {
+        end_codes(codes, 0);
+    } else {
+        const F negative = div(set(-largest), set(kE4M3Max));  // rounded down: the scale goes up
+        scale = sub(zero(), down_f16(max(negative, set(-kF16Max))));
+        const F divisor = select(less(zero(), scale), scale, set(1.0f));
+        for (int d = 0; d < dim; d += kLanes) {
+            const F value = clip(div(load(x + d), divisor), -kE4M3Max, kE4M3Max);
+            store_bytes(bytes_of(codes) + d, to_e4m3(value));
+        }
+        end_codes(codes, dim);
+    }
+    put_f16(page + part.scale, token, scale);
+    put_codes(page, part, side, dim, token, codes);
+}
+void get_float8(uint8_t* page, const Part& part, Side side, int dim, int token, float* x) {
+    const F scale = mul(get_f16(page + part.scale, token), set(256.0f));
+    Codes codes;
+    get_codes(page, part, side, dim, token, codes);
+    for (int d = 0; d < dim; d += kLanes)
+        store(x + d, mul(scale, e4m3_at<0>(load_bytes(bytes_of(codes) + d))));
+}
+
+// ------------------------------------------------------------------------------------------------
 // Any format. `page` is the part of a head in a page.
 
 KVANT_INLINE void rotate_for(const Part& part, const Store& store, float* x) {
@@ -341,7 +378,8 @@ void put_token(const Store& store, uint8_t* page, const Part& part, Side side, i
     switch (part.family) {
         case Family::plain: return put_plain(page, part, side, dim, token, x);
         case Family::affine: return put_affine(page, part, side, dim, token, x);
-        default: return put_midpoint(page, part, side, dim, token, x);
+        case Family::midpoint: return put_midpoint(page, part, side, dim, token, x);
+        default: return put_float8(page, part, side, dim, token, x);
     }
 }
 
@@ -352,7 +390,8 @@ void get_token(const Store& store, uint8_t* page, const Part& part, Side side, i
     switch (part.family) {
         case Family::plain: get_plain(page, part, side, dim, token, x); break;
         case Family::affine: get_affine(page, part, side, dim, token, x); break;
-        default: get_midpoint(page, part, side, dim, token, x);
+        case Family::midpoint: get_midpoint(page, part, side, dim, token, x); break;
+        default: get_float8(page, part, side, dim, token, x);
     }
     if (part.rotated) unrotate(x, dim, store.signs);
 }

@@ -12,7 +12,7 @@ namespace kvant {
 constexpr int kPageTokens = 64;
 constexpr int kMaxHeadDim = 256;
 
-enum class Family : int32_t { plain, affine, midpoint };
+enum class Family : int32_t { plain, affine, midpoint, float8 };
 enum class DType : int32_t { f32, f16, bf16 };
 enum class Side : int32_t { k, v };
 
@@ -20,12 +20,12 @@ enum class Side : int32_t { k, v };
 // Offsets are in bytes from the beginning of the part.
 struct Part {
     Family family;
-    DType dtype;      // of family plain
+    DType dtype;      // of family plain; f32 of float8, which is computed so
     int32_t bits;     // of a code
     bool rotated;
     bool by_page;     // scales and zeros by channel of a page, not by token
     int32_t nbytes;   // of the part: 64 tokens of one KV head
-    int32_t scale;    // the planes `scale`, `zero` (affine)
+    int32_t scale;    // the planes `scale` (but of plain), `zero` (affine)
     int32_t zero;
     int32_t codes[2];   // planes of codes, lowest bits first; packing.py has their layout
     int32_t widths[2];  // bits of a field; 0 if there is no second plane

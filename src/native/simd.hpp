@@ -524,6 +524,22 @@ KVANT_INLINE void store_bf16(uint16_t* p, F x) {  // to nearest even; NaN become
     store_low_halves(p, as_int(select(is_nan(x), as_float(iset(0x7fc0)), as_float(rounded))));
 }
 
+// e4m3 in byte kPlace of 16 words, divided by 256: its bits are upper ones of a float16 then.
+template <int kPlace> KVANT_INLINE F e4m3_at(I words) {
+    const I high = kPlace ? shift_right<kPlace ? 8 * kPlace - 8 : 0>(words) : shift_left<8>(words);
+    return low_f16(iadd(iand(high, iset(0x8000)), iand(shift_right<1>(high), iset(0x3f80))));
+}
+// To nearest even; |x| <= 448.
+KVANT_INLINE I to_e4m3(F x) {
+    const F size = abs(x);
+    const I bits = as_int(size), odd = iand(shift_right<20>(bits), iset(1));
+    const I rounded = shift_right<20>(iadd(bits, iadd(odd, iset(0x7ffff))));
+    const F normal = as_float(isub(rounded, iset(120 << 3)));
+    const F subnormal = as_float(to_int(mul(size, set(512.0f))));
+    const I sign = iand(shift_right<24>(as_int(x)), iset(0x80));
+    return iadd(sign, as_int(select(less(size, set(0x1p-6f)), subnormal, normal)));
+}
+
 // Keep a line in its register: GCC 12 would load it again for each use.
 KVANT_INLINE void hold([[maybe_unused]] I& line) {
 #if defined(KVANT_ISA_AVX512)

@@ -139,6 +139,33 @@ def from_midpoints(stored: Midpointed, bits: int) -> list[float]:
     return [stored.scale * (code - centre) for code in stored.codes]
 
 
+# Numbers of e4m3 by code, the sign aside: 3 bits of mantissa below 4 of exponent; the last is NaN.
+E4M3 = [
+    (Fraction(code % 8, 8) + (code >= 8)) * Fraction(2) ** (max(code // 8, 1) - 7)
+    for code in range(127)
+]
+
+
+class Floated(NamedTuple):
+    """What float8.py stores of one vector."""
+
+    scale: float
+    codes: list[int]
+
+
+def float8(vector: list[float]) -> Floated:
+    """The formulas of float8.py for one vector of float32 values."""
+    if not all(map(math.isfinite, vector)):
+        return Floated(math.nan, [0] * len(vector))
+    scale = f16(f32(max(Fraction(abs(value)) for value in vector) / E4M3[-1]), math.ceil)
+    codes = []
+    for value in vector:
+        size = min(f32(abs(Fraction(value)) / (scale or 1)), E4M3[-1])
+        sign = math.copysign(1, value) < 0
+        codes.append(128 * sign + E4M3.index(_rounded(size, 4, -6, round)))
+    return Floated(float(scale), codes)
+
+
 def row_bytes(width: int, head_dim: int) -> int:
     """Bytes of a vector in a plane of fields of this width: whole words of 4."""
     count = math.ceil(head_dim * width / 8)
@@ -207,6 +234,8 @@ def byte_map(fmt: KVFormat, head_dim: int) -> Map:
     plain = {"f32": 4, "f16": 2, "bf16": 2}
     if fmt.name in plain:
         return Map([], [(plain[fmt.name], head_dim)])
+    if fmt.name == "fp8":
+        return Map([], [(2, 0), (1, head_dim)])
     match = re.fullmatch(r"int(\d)([hcm]?)", fmt.name)
     assert match is not None
     bits, variant = int(match[1]), match[2]

@@ -276,6 +276,8 @@ def test_map_and_oracle_agree_with_the_words_of_the_docstring() -> None:
         ("f32", 64, 32),
         ("f16", 80, 16),
         ("bf16", 128, 16),
+        ("fp8", 64, 8.25),
+        ("fp8", 128, 8.125),
         ("int8", 64, 8.5),
         ("int8", 128, 8.25),
         ("int8h", 128, 8.25),

@@ -335,8 +335,8 @@ def test_format_names_are_their_keys(name: str) -> None:
 def test_quant_policy_is_the_seed_systems_number(dtype: str, sixteen_bit: str) -> None:
     """0 is the 16-bit cache of the model's own dtype, and so is no option at all; 4 is 4 bits
     that are safe, not the arithmetic of that system."""
-    spelled = {p: resolve_spec(None, p, dtype=dtype).label for p in (None, 0, 4, 8)}
-    assert spelled == {None: sixteen_bit, 0: sixteen_bit, 4: "k4v4", 8: "int8"}
+    spelled = {p: resolve_spec(None, p, dtype=dtype).label for p in (None, 0, 4, 8, 16)}
+    assert spelled == {None: sixteen_bit, 0: sixteen_bit, 4: "k4v4", 8: "int8", 16: "fp8"}
 
 
 @given(spec=specs)
@@ -345,14 +345,14 @@ def test_a_spec_or_its_spelling_is_taken_as_given(spec: KVSpec) -> None:
     assert resolve_spec(str(spec), None) == spec
 
 
-@pytest.mark.parametrize("policy", [7, 1, -8, 16, "8", True])
+@pytest.mark.parametrize("policy", [7, 1, -8, 17, "8", True])
 def test_unknown_quant_policy(policy: int) -> None:
     with pytest.raises(ConfigError, match="quant_policy") as raised:
         resolve_spec(None, policy)
     assert repr(policy) in str(raised.value)
 
 
-@pytest.mark.parametrize("policy", [0, 4, 8])
+@pytest.mark.parametrize("policy", [0, 4, 8, 16])
 @pytest.mark.parametrize("kv", ["int8", "k4v4", KVSpec.parse("int4")])
 def test_two_options_for_one_thing_are_an_error(kv: str | KVSpec, policy: int) -> None:
     """Also when they agree, and also for 0: neither wins silently."""

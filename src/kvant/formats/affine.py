@@ -49,12 +49,12 @@ import numpy as np
 from kvant.formats import packing
 from kvant.formats.base import Array, KVFormat, Plane
 
-__all__ = ["Affine"]
+__all__ = ["Affine", "f16_down"]
 
 _F16_MAX = np.float32(65504)
 
 
-def _f16_down(x: Array) -> Array:
+def f16_down(x: Array) -> Array:
     """Largest finite float16 <= x (or -65504), as float32; +0 for either zero."""
     half = np.clip(x, -_F16_MAX, _F16_MAX).astype(np.float16)
     half = np.where(half.astype(np.float32) > x, np.nextafter(half, np.float16(-np.inf)), half)
@@ -65,10 +65,10 @@ def _quantize(x: Array, levels: int, axis: int) -> tuple[Array, Array, Array]:
     """Scales and zeros (float16) of the groups along ``axis``, and codes like ``x``."""
     with np.errstate(invalid="ignore", over="ignore"):
         low, high = x.min(axis=axis), x.max(axis=axis)
-        zero = _f16_down(low)
+        zero = f16_down(low)
         # rounding up is rounding the negative down; -(+0) is cleaned by adding 0
         span = np.maximum(high - zero, np.float32(0))
-        scale = -_f16_down(-span / np.float32(levels)) + np.float32(0)
+        scale = -f16_down(-span / np.float32(levels)) + np.float32(0)
         finite = np.isfinite(low) & np.isfinite(high)
         scale = np.where(finite, scale, np.float32(np.nan))
         zero = np.where(finite, zero, np.float32(0))

@@ -24,6 +24,7 @@ from kvant.errors import ConfigError, did_you_mean
 from kvant.formats.affine import Affine
 from kvant.formats.auto import choose_preset
 from kvant.formats.base import PAGE_TOKENS, KVFormat
+from kvant.formats.float8 import Float8
 from kvant.formats.midpoint import Midpoint
 from kvant.formats.plain import Plain
 
@@ -48,6 +49,7 @@ FORMATS: dict[str, KVFormat] = {
         Plain("f32", bits=32),
         Plain("f16", bits=16),
         Plain("bf16", bits=16),
+        Float8("fp8"),
         Affine("int8", bits=8),
         Affine("int4", bits=4),
         Affine("int8h", bits=8, rotated=True),
@@ -84,6 +86,7 @@ ABOUT = {
     "f32": "exact",
     "f16": "16-bit floats of 11 bits precision, up to 65504",
     "bf16": "16-bit floats of 8 bits precision (quant_policy 0)",
+    "fp8": "8-bit floats (e4m3), a scale per token and head: coarser than int8 (quant_policy 16)",
     "int8": "a scale and a zero per token and head (quant_policy 8)",
     "int4": "the same with 4 bits, LMDeploy's int4: breaks models with large keys",
     "int8h": "int8 of Hadamard-rotated vectors",
@@ -105,7 +108,7 @@ ABOUT = {
 }
 
 # The seed system's numbers. 0 is the 16-bit cache of the model's dtype (see resolve_spec).
-QUANT_POLICIES: dict[int, str | None] = {0: None, 8: "int8", 4: "k4v4"}
+QUANT_POLICIES: dict[int, str | None] = {0: None, 8: "int8", 4: "k4v4", 16: "fp8"}
 
 # Keys in 16 bits: their errors weigh more, and large ones (Qwen2) break 8 bits.
 _DEFAULT_RECENT = "k=f16,v=int8h"
@@ -398,8 +401,8 @@ def resolve_spec(
     Args:
         kv: a spec or its spelling; ``auto`` for the smallest preset that is known to be good for
             the architecture (:mod:`kvant.formats.auto`).
-        quant_policy: LMDeploy's number: 0 (16 bit), 8 (``int8``) or 4 (``k4v4``, 4 bits that
-            are safe; LMDeploy's own arithmetic is ``int4``).
+        quant_policy: LMDeploy's number: 0 (16 bit), 8 (``int8``), 16 (``fp8``) or 4 (``k4v4``, 4
+            bits that are safe; LMDeploy's own arithmetic is ``int4``).
         architecture: the model's, for ``auto``.
         dtype: the model's; the 16-bit cache of a float16 model is float16, else bfloat16.
 
@@ -422,7 +425,7 @@ def resolve_spec(
         name = QUANT_POLICIES[quant_policy or 0]
     except (KeyError, TypeError):
         raise ConfigError(
-            f"quant_policy={quant_policy!r} is unknown; use 0 (16 bit), 8 (int8) or 4 (k4v4), "
-            'or name a format with kv="k5v4"'
+            f"quant_policy={quant_policy!r} is unknown; use 0 (16 bit), 8 (int8), 16 (fp8) or "
+            '4 (k4v4), or name a format with kv="k5v4"'
         ) from None
     return KVSpec.parse(name or ("f16" if dtype == "float16" else "bf16"))

@@ -1,7 +1,7 @@
 """The CPU backend: codes multiplied as integers, in C++ (src/native; attend.hpp has the method).
 
 Queries and attention weights are rounded to integers for it, to 16 and 14 bits where pages hold
-codes of 5 bits and more, else to 8 and 8; formats without codes are computed in float32. A row's
+codes of 5 bits and more, else to 8 and 8; formats of floats are computed in float32. A row's
 result has the same bits in any chunk, batch or division among threads, but not on any processor:
 the environment variable ``KVANT_ISA`` forces one of :func:`available_isas`.
 """
@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from kvant.errors import ConfigError, did_you_mean
 from kvant.formats import KVFormat
 from kvant.formats.affine import Affine
+from kvant.formats.float8 import Float8
 from kvant.formats.hadamard import signs
 from kvant.formats.midpoint import Midpoint
+from kvant.formats.plain import Plain
 from kvant.formats.spec import LayerLayout
 from kvant.kernels import _native
 from kvant.kernels.backend import Batch, KVMemory
@@ -36,6 +38,7 @@ __all__ = [
 _MAX_HEAD_DIM = 256
 _DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 _PLAIN = {"f32": 0, "f16": 1, "bf16": 2}
+_FAMILIES: dict[type[KVFormat], int] = {Plain: 0, Affine: 1, Midpoint: 2, Float8: 3}
 
 
 def available_isas() -> tuple[str, ...]:
@@ -216,9 +219,8 @@ def _part(fmt: KVFormat, head_dim: int) -> _native.Part:
         at += plane.nbytes
     codes = [(int(name[5:]), at) for name, at in offsets.items() if name.startswith("codes")]
     widths, places = zip(*([*codes, (0, 0), (0, 0)])[:2], strict=True)
-    family = 1 if isinstance(fmt, Affine) else 2 if isinstance(fmt, Midpoint) else 0
     return _native.Part(
-        family=family,
+        family=_FAMILIES[type(fmt)],
         dtype=_PLAIN.get(fmt.name, 0),
         bits=fmt.bits,
         rotated=fmt.rotated,
