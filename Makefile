@@ -1,5 +1,5 @@
 # make demo    set up, then answer two prompts with 16-bit, int8 and 4-bit KV caches
-# make test    set up, then run all tests
+# make test    set up, then run all tests, on up to four cores
 # make check   lint and types        make format   rewrite files        make clean
 # make sanitize    the kernel tests on a build with sanitizers
 PYTHON ?= python3
@@ -15,7 +15,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -135,10 +135,9 @@ def test_ctrl_c_ends_a_generation(tiny: str) -> None:
     process = start("generate", tiny, "hello", *ENDLESS)
     assert process.stdout is not None and process.stdout.read(20)
     process.send_signal(signal.SIGINT)
-    asked = time.monotonic()
     done = finish(process)
-    assert time.monotonic() - asked < 2
     assert (done.code, done.err) == (130, "")
+    assert len(done.out) < 8000  # half of what would come
 
 
 def test_a_reader_that_leaves(tiny: str) -> None:
