@@ -8,13 +8,13 @@ lost page, a page shared wrongly, a missing copy-on-write or a wrong position ch
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvant.cache.pool import BytePool
 from kvant.engine.engine import Engine
 from kvant.formats import PAGE_TOKENS, KVShape, KVSpec
 from kvant.kernels.backend import Backend, Batch, BatchSequence, KVMemory
 from kvant.kernels.null import NullBackend
+from kvant.models.logits import HostLogits
 
 # A spec of every kind: by token, K and V apart, with a recent group, a sink, by page, by layer.
 SPECS = [
@@ -41,7 +41,7 @@ class PageReadingModel:
     def __init__(self, memory: KVMemory) -> None:
         self.memory = memory
 
-    def forward(self, batch: Batch, backend: Backend) -> NDArray[np.float32]:
+    def forward(self, batch: Batch, backend: Backend) -> HostLogits:
         """One-hot logits of the hash of all tokens up to each wanted row."""
         for seq in batch.sequences:
             self._write(batch, seq)
@@ -54,7 +54,7 @@ class PageReadingModel:
                     seen = self._read(seq, seq.start + row - seq.row + 1)
                     logits[index, next_token(seen)] = 1
                     index += 1
-        return logits
+        return HostLogits(logits)
 
     def _place(self, seq: BatchSequence, position: int) -> tuple[BytePool, int]:
         """Where a position's token is kept: a base, recent or scratch page."""

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvant.config import GenerationConfig
 from kvant.engine.engine import Engine
+from kvant.engine.sampler import Logits
 from kvant.errors import RequestError
+from kvant.kernels.backend import Backend, Batch
+from kvant.models import logits as device
+from kvant.models.logits import DeviceLogits
 from kvant.request import Output, Request, Status
 from tests.engine.mock import SPECS, VOCAB, continuation, make_engine
 
@@ -357,12 +363,12 @@ def test_not_a_number_ends_its_own_request_only() -> None:
     model = client.engine._model
     forward = model.forward
 
-    def broken(batch: object, backend: object) -> np.ndarray:  # type: ignore[type-arg]
-        logits = forward(batch, backend)  # type: ignore[arg-type]
-        logits[0] = np.nan
+    def broken(batch: Batch, backend: Backend) -> Logits:
+        logits = forward(batch, backend)
+        logits.fetch(slice(1))[:] = np.nan  # a view
         return logits
 
-    model.forward = broken  # type: ignore[method-assign, assignment]
+    model.forward = broken  # type: ignore[method-assign]
     first, second = client.submit(prompt_of(5), 9), client.submit(prompt_of(6), 9)
     client.engine.step()
     model.forward = forward  # type: ignore[method-assign]
@@ -371,6 +377,42 @@ def test_not_a_number_ends_its_own_request_only() -> None:
     assert "not finite" in str(client.outputs[first.id][-1].error)
     assert client.tokens(second) == continuation(prompt_of(6), 9)
     assert client.engine.stats().pages_held == 0
+
+
+def test_logits_may_stay_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens and logits are the same, and a step copies token ids to the host once; more only for
+    a receiver of logits, or rows with penalties."""
+    copies: list[int] = []
+    to_host = device._to_host
+    monkeypatch.setattr(device, "_to_host", lambda x: copies.append(x.ndim) or to_host(x))
+
+    def run(*, on_device: bool) -> tuple[list[list[int]], dict[int, list[float]]]:
+        client = Client(make_engine())
+        forward = client.engine._model.forward
+
+        def elsewhere(batch: Batch, backend: Backend) -> Logits:
+            return DeviceLogits(torch.from_numpy(forward(batch, backend).fetch(slice(None))))
+
+        if on_device:
+            monkeypatch.setattr(client.engine._model, "forward", elsewhere)
+        drawn: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 9}
+        requests = [
+            client.submit(prompt_of(7), 3, GenerationConfig(repetition_penalty=0.01)),
+            client.submit(prompt_of(6), 5, GenerationConfig(output_logits="all")),
+            client.submit(prompt_of(5), 7),
+            client.submit(prompt_of(5), 7, GenerationConfig(**drawn), seed=5),
+        ]
+        seen: dict[int, list[float]] = {}
+        requests[1].logits_sink = lambda start, rows: seen.update(enumerate(rows.tolist(), start))
+        client.run()
+        return [client.tokens(request) for request in requests], seen
+
+    expected = run(on_device=False)
+    assert not copies
+    assert run(on_device=True) == expected
+    assert copies == [2, 1, 2] * 3 + [2, 1] * 2 + [1] * 2
+    assert expected[0][2] == continuation(prompt_of(5), 7) != expected[0][3]
+    assert sorted(expected[1]) == list(range(10))
 
 
 @pytest.mark.parametrize("who", ["deliver", "logits_sink"])

@@ -19,6 +19,7 @@ from kvant.engine.sampler import sample
 from kvant.errors import RequestError
 from kvant.loading.sentencepiece import SentencePiece, TokenKind
 from kvant.loading.tokenizer import Tokenizer
+from kvant.models.logits import HostLogits
 from kvant.request import Request
 from tests.byte_model import VOCAB
 
@@ -404,7 +405,7 @@ def test_a_bias_moves_the_choice_and_nothing_else() -> None:
     def token(**options: Any) -> int | None:
         gen = GenerationConfig(**options)
         request = Request(id=0, tokens=[0], num_prompt=1, gen=gen, max_tokens=9)
-        return sample(logits, [request])[0].token
+        return sample(HostLogits(logits), [0], [request])[0].token
 
     assert token() == 2
     assert token(logit_bias={2: -1.5}) == 1

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from numpy.typing import NDArray
 
 from kvant.config import GenerationConfig
 from kvant.engine.sampler import Sampled, sample
+from kvant.models.draw import Draw
+from kvant.models.logits import DeviceLogits, HostLogits
 from kvant.request import Request
 
 LOGITS = np.log(np.array([0.4, 0.3, 0.15, 0.1, 0.05], np.float32))
@@ -27,7 +32,7 @@ def request_of(tokens: list[int], num_prompt: int = 1, seed: int = 0, **options:
 
 
 def one(logits: np.ndarray[Any, Any], request: Request) -> Sampled:
-    return sample(logits[None].astype(np.float32), [request])[0]
+    return sample(HostLogits(logits[None].astype(np.float32)), [0], [request])[0]
 
 
 def draws(count: int = 4000, **options: Any) -> Counter[int | None]:
@@ -76,7 +81,7 @@ def test_a_draw_depends_on_seed_and_index_only() -> None:
     alone = one(LOGITS, request_of([0, 1, 2], seed=5, **options))
     crowd = [request_of([0, 3, 4], seed=s, **options) for s in (1, 5, 9)]
     rows = np.stack([LOGITS] * 3)
-    assert sample(rows, crowd)[1] == alone
+    assert sample(HostLogits(rows), range(3), crowd)[1] == alone
     longer = {one(LOGITS, request_of([0] * n, seed=5, **options)).token for n in range(1, 40)}
     assert len(longer) > 1
 
@@ -156,3 +161,49 @@ def test_top_p_of_a_large_vocabulary_is_that_of_all_sorted(
         assert found is not None
         near = min(abs(edges - place)) < 1e-9 * edges[-1]  # a sum in another order may tip it
         assert found == wanted or near
+
+
+class Counted(DeviceLogits):
+    """Remembers which rows came to the host, and which stayed."""
+
+    def __init__(self, logits: NDArray[np.float32]) -> None:
+        super().__init__(torch.from_numpy(logits))
+        self.fetched: list[Any] = []
+        self.chosen: list[Any] = []
+
+    def fetch(self, rows: slice | Sequence[int]) -> NDArray[np.float32]:
+        self.fetched.append(rows)
+        return super().fetch(rows)
+
+    def choose(self, rows: Sequence[int], draws: Sequence[Draw | None]) -> list[int | None]:
+        self.chosen.append(rows)
+        return super().choose(rows, draws)
+
+
+def test_only_rows_that_are_changed_or_reported_come_to_the_host() -> None:
+    """In one copy; requests have the tokens that they have alone on the host."""
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((12, 100)).astype(np.float32)
+    drawn = {"do_sample": True, "temperature": 1.0}
+    requests = [
+        request_of([0]),
+        request_of([0], **drawn),
+        request_of([0], repetition_penalty=2.0, **drawn),
+        request_of([0], seed=3, top_p=0.5, **drawn),
+        request_of([0], logit_bias={5: 9.0}),
+        request_of([0], logprobs=2),
+        request_of([0], temperature=0, do_sample=True),
+        request_of([0], bad_token_ids=[int(logits[9].argmax())]),
+    ]
+    rows = [0, 1, 2, 4, 6, 7, 8, 9]
+    counted = Counted(logits)
+    found = sample(counted, rows, requests)
+    assert found == [one(logits[row], each) for row, each in zip(rows, requests, strict=True)]
+    assert counted.chosen == [[0, 1, 4, 8]]
+    assert counted.fetched == [[2, 6, 7, 9]]
+
+
+def test_a_plain_step_fetches_nothing() -> None:
+    counted = Counted(np.stack([LOGITS] * 3))
+    assert [token for token, _ in sample(counted, range(3), [request_of([0])] * 3)] == [0] * 3
+    assert (counted.chosen, counted.fetched) == ([[0, 1, 2]], [])

@@ -11,13 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from kvant.cache.paged import PagedCache
 from kvant.cache.sizing import recent_per_sequence
 from kvant.engine.plan import StepPlan, make_batch
-from kvant.engine.sampler import Sampled, sample
+from kvant.engine.sampler import Logits, Sampled, sample
 from kvant.engine.scheduler import Scheduler
 from kvant.errors import RequestError
 from kvant.kernels.backend import Backend, Batch, KVMemory
@@ -31,8 +28,8 @@ __all__ = ["CacheMap", "Engine", "EngineStats", "HeldPages", "Model"]
 class Model(Protocol):
     """What the engine needs of a model."""
 
-    def forward(self, batch: Batch, backend: Backend) -> NDArray[np.float32]:
-        """Compute all rows; logits ``[R, V]`` of ``batch.logit_rows``."""
+    def forward(self, batch: Batch, backend: Backend) -> Logits:
+        """Compute all rows; logits ``[R, V]`` of ``batch.logit_rows``, good until the next call."""
         ...
 
 
@@ -258,19 +255,20 @@ class Engine:
             generated_tokens=self._generated_tokens,
         )
 
-    def _commit(self, plan: StepPlan, logits: NDArray[np.float32]) -> None:
+    def _commit(self, plan: StepPlan, logits: Logits) -> None:
         row = 0
         sampling: list[Request] = []
         rows: list[int] = []
         for part in plan.slices:
-            wanted = logits[row : row + part.num_logits]
-            row += part.num_logits
+            wanted = slice(row, row + part.num_logits)
+            row = wanted.stop
             request = self._requests.get(part.request_id)
             if request is None:  # a receiver of this step aborted it
                 continue
             request.computed = part.end
             self._cache.commit(request.holding, request.tokens, part.end)
-            if not self._sink(request, part.end - len(wanted), wanted) or not part.sample:
+            start = part.end - part.num_logits
+            if not self._sink(request, start, logits, wanted) or not part.sample:
                 continue
             if request.max_tokens == request.num_prompt:  # only its logits were wanted
                 self._finish(request, Output(finish_reason="length"))
@@ -278,20 +276,22 @@ class Engine:
                 sampling.append(request)
                 rows.append(row - 1)
         if sampling:
-            for request, sampled in zip(sampling, sample(logits[rows], sampling), strict=True):
+            for request, sampled in zip(sampling, sample(logits, rows, sampling), strict=True):
                 if request.status is not Status.FINISHED:
                     self._append(request, sampled)
 
-    def _sink(self, request: Request, start: int, logits: NDArray[np.float32]) -> bool:
-        """Hand logits over if they are wanted; False if the receiver failed, which ends its
-        request and no other."""
-        if request.logits_sink is not None and len(logits):
-            try:
-                request.logits_sink(start, logits)
-            except Exception as error:
-                _log.exception("request %d: its receiver of logits failed", request.id)
-                self._finish(request, Output(finish_reason="error", error=f"logits: {error!r}"))
-                return False
+    def _sink(self, request: Request, start: int, logits: Logits, rows: slice) -> bool:
+        """Hand ``rows`` of logits over if they are wanted; False if the receiver failed, which
+        ends its request and no other."""
+        if request.logits_sink is None or rows.start == rows.stop:
+            return True
+        wanted = logits.fetch(rows)
+        try:
+            request.logits_sink(start, wanted)
+        except Exception as error:
+            _log.exception("request %d: its receiver of logits failed", request.id)
+            self._finish(request, Output(finish_reason="error", error=f"logits: {error!r}"))
+            return False
         return True
 
     def _deliver(self, request: Request, output: Output) -> None:

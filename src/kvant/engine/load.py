@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,11 +12,11 @@ from threadpoolctl import threadpool_limits
 
 from kvant.cache.sizing import CacheSize, free_memory, size_for_bytes, size_for_tokens
 from kvant.config import EngineConfig, parse_bytes
-from kvant.engine.engine import Engine
+from kvant.engine.engine import Engine, Model
 from kvant.errors import ConfigError
 from kvant.formats import KVShape, KVSpec, is_auto
 from kvant.formats.auto import choose_preset
-from kvant.kernels import KVMemory, check_backend, make_backend
+from kvant.kernels import check_backend, make_backend, make_memory
 from kvant.loading.checkpoint import Checkpoint, Progress, load_weights
 from kvant.loading.resolve import resolve_model
 from kvant.loading.tokenizer import Tokenizer
@@ -74,7 +74,8 @@ def cache_size(
     Raises:
         ConfigError: it would not hold a page, or not fit into the free memory.
     """
-    free = memory or free_memory()
+    device = _device(config)
+    free = memory or _free_memory(device)
     if config.kv_tokens is not None:
         size = size_for_tokens(spec, shape, config.kv_tokens, config.max_batch_size)
     else:
@@ -85,11 +86,30 @@ def cache_size(
         )
         size = size_for_bytes(spec, shape, budget, config.max_batch_size)
     if size.nbytes > free:
+        whose = "" if device is None else "of GPU memory "
         raise ConfigError(
             f"the KV cache would take {size.nbytes / 2**30:.2f} GiB and {free / 2**30:.2f} GiB "
-            "are free; give less with kv_memory or kv_tokens, or take a smaller KV format"
+            f"{whose}are free; give less with kv_memory or kv_tokens, or take a smaller KV format"
         )
     return size
+
+
+def _device(config: EngineConfig) -> torch.device | None:
+    """The GPU that computes, or what stands for it; None if the backend is another."""
+    if check_backend(config.backend) != "triton":
+        return None
+    from kvant.kernels.triton.pool import find_device
+
+    return find_device()
+
+
+def _free_memory(device: torch.device | None) -> int:
+    """Bytes that a KV cache could take where it is computed with."""
+    if device is None or device.type == "cpu":
+        return free_memory()
+    from kvant.kernels.triton import pool
+
+    return pool.free_memory(device)
 
 
 def _session_len(config: EngineConfig, model: DecoderConfig, cache: CacheSize) -> int:
@@ -147,9 +167,20 @@ class OpenModel:
 
 
 def _dtype(config: EngineConfig) -> torch.dtype:
+    device = _device(config)
+    if device is not None:
+        from kvant.models.gpu import choose_dtype
+
+        return choose_dtype(config.dtype, device)
     # On a CPU bfloat16 is the fast 16-bit type, whatever the checkpoint was saved in.
     found: torch.dtype = getattr(torch, "bfloat16" if config.dtype == "auto" else config.dtype)
     return found
+
+
+def _kv_spec(config: EngineConfig, model: DecoderConfig) -> KVSpec:
+    """The KV formats asked for, where 16 bits are those of the model's dtype."""
+    dtype = str(_dtype(config)).removeprefix("torch.")
+    return replace(config, dtype=dtype).kv_spec(model.architecture)
 
 
 def _threads(config: EngineConfig) -> int:
@@ -158,9 +189,28 @@ def _threads(config: EngineConfig) -> int:
 
 def _ops(config: EngineConfig) -> Ops:
     """Who computes what is not attention."""
+    device = _device(config)
+    if device is not None:
+        from kvant.models.gpu import GPUOps
+
+        return GPUOps(device, _dtype(config))
     if check_backend(config.backend) == "cpu":
         return CPUOps(_threads(config))
     return TorchOps(_dtype(config))
+
+
+def _decoder(
+    config: EngineConfig, model: DecoderConfig, weights: DecoderWeights, longest: int
+) -> Model:
+    """The model over its weights, for contexts of up to ``longest`` tokens."""
+    device = _device(config)
+    if device is None:
+        return Decoder(model, weights, _ops(config), longest=longest)
+    from kvant.models.gpu import GPUDecoder
+    from kvant.models.graphs import CudaCapture
+
+    capture = None if config.eager_mode or device.type == "cpu" else CudaCapture()
+    return GPUDecoder(model, weights, device, longest=longest, capture=capture)
 
 
 def open_model(name: str, config: EngineConfig) -> OpenModel:
@@ -171,7 +221,7 @@ def open_model(name: str, config: EngineConfig) -> OpenModel:
     checkpoint = open_checkpoint(path)
     model = checkpoint.config
     check_backend(config.backend, model.head_dim)
-    config.kv_spec(model.architecture).check(model.kv_shape)
+    _kv_spec(config, model).check(model.kv_shape)
     if is_auto(config.kv):
         choice = choose_preset(model.architecture)
         _log.warning("kv=auto: %s, %s", choice.preset, choice.reason)
@@ -182,15 +232,16 @@ def start_model(opened: OpenModel, weights: DecoderWeights, config: EngineConfig
     """The last part of :func:`load_model`: an engine. Several engines, each with its own KV
     format and pool, may share the weights of a model."""
     model = opened.config
-    spec = config.kv_spec(model.architecture)
+    spec = _kv_spec(config, model)
     spec.check(model.kv_shape)
     size = cache_size(config, spec, model.kv_shape)
     session_len = _session_len(config, model, size)
     step_tokens = config.max_prefill_token_num
-    memory = KVMemory.allocate(spec, model.kv_shape, size.num_pages, size.num_recent, step_tokens)
+    pages = size.num_pages, size.num_recent
+    memory = make_memory(config.backend, spec, model.kv_shape, *pages, step_tokens)
     backend = make_backend(config.backend, memory, _threads(config))
     engine = Engine(
-        Decoder(model, weights, _ops(config), longest=session_len),
+        _decoder(config, model, weights, session_len),
         backend,
         memory,
         vocab_size=model.vocab_size,

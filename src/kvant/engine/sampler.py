@@ -4,19 +4,31 @@ token only, so results do not change with the batch, preemption or the rest of t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvant.config import GenerationConfig
+from kvant.models.draw import Draw, draw
 from kvant.request import Request
 
-__all__ = ["Sampled", "sample"]
+__all__ = ["Logits", "Sampled", "sample"]
 
 Row = NDArray[np.float32]
 
-_FIRST_SORTED = 64  # tokens that are sorted for top-p at first; then times as many
+
+class Logits(Protocol):
+    """Logits float32 ``[R, V]`` of a step, wherever they are."""
+
+    def fetch(self, rows: slice | Sequence[int]) -> NDArray[np.float32]:
+        """``[n, V]`` of some rows on the host; they may be a view, so they are not written to."""
+        ...
+
+    def choose(self, rows: Sequence[int], draws: Sequence[Draw | None]) -> list[int | None]:
+        """A token for each of ``rows``: the likeliest, of equal ones that of the lowest id, or one
+        drawn as ``draws`` says; None where the row's maximum is not finite or a logit is a NaN.
+        It depends on the row and its draw only."""
+        ...
 
 
 class Sampled(NamedTuple):
@@ -26,39 +38,60 @@ class Sampled(NamedTuple):
     logprobs: dict[int, float] | None = None
 
 
-def sample(logits: NDArray[np.float32], requests: Sequence[Request]) -> list[Sampled]:
-    """Pick the next token of each request from its row of ``logits [len(requests), V]``."""
-    best = logits.argmax(axis=-1)
-    return [
-        _sample_row(row, int(top), request)
-        for row, top, request in zip(logits, best, requests, strict=True)
-    ]
+def sample(logits: Logits, rows: Sequence[int], requests: Sequence[Request]) -> list[Sampled]:
+    """Pick the next token of each request from its row of ``logits``. Only rows that penalties,
+    bans, biases or guides change, or that log-probabilities are wanted of, come to the host."""
+    banned = [_banned(request) for request in requests]
+    whole = [_wants_row(request, bans) for request, bans in zip(requests, banned, strict=True)]
+    plain = [place for place, wanted in enumerate(whole) if not wanted]
+    other = [place for place, wanted in enumerate(whole) if wanted]
+    found: dict[int, Sampled] = {}
+    if plain:
+        draws = [_draw_of(requests[place]) for place in plain]
+        tokens = logits.choose([rows[place] for place in plain], draws)
+        found.update(zip(plain, map(Sampled, tokens), strict=True))
+    if other:
+        fetched = logits.fetch([rows[place] for place in other])
+        for place, row, best in zip(other, fetched, fetched.argmax(axis=-1), strict=True):
+            found[place] = _sample_row(row, int(best), requests[place], banned[place])
+    return [found[place] for place in range(len(requests))]
 
 
-def _sample_row(row: Row, best: int, request: Request) -> Sampled:
+def _wants_row(request: Request, banned: set[int]) -> bool:
+    """Whether a token takes more than the logits as they are and one draw."""
+    return request.gen.logprobs is not None or _changes(request, banned)
+
+
+def _changes(request: Request, banned: set[int]) -> bool:
+    return bool(banned or _penalizes(request) or request.gen.logit_bias or request.guide)
+
+
+def _penalizes(request: Request) -> bool:
+    gen = request.gen
+    return bool(gen.repetition_penalty != 1 or gen.presence_penalty or gen.frequency_penalty)
+
+
+def _sample_row(row: Row, best: int, request: Request, banned: set[int]) -> Sampled:
     if not np.isfinite(row[best]):  # argmax finds a NaN first
         return Sampled(None)
-    gen = request.gen
-    changed = _process(row, request)
-    if changed is not None:
+    changed = row
+    if _changes(request, banned):
+        changed = _process(row, request, banned)
         best = int(changed.argmax())
         if changed[best] == -np.inf:
             return Sampled(None)
-    token = best if gen.greedy else _draw(row if changed is None else changed, request)
-    if gen.logprobs is None:
+    how = _draw_of(request)
+    token = best if how is None else draw(changed, how)
+    if request.gen.logprobs is None:
         return Sampled(token)
-    return Sampled(token, _logprobs(row, token, gen.logprobs))
+    return Sampled(token, _logprobs(row, token, request.gen.logprobs))
 
 
-def _process(row: Row, request: Request) -> Row | None:
-    """Logits after penalties, biases, bans and the request's guide; None if it has none."""
+def _process(row: Row, request: Request, banned: set[int]) -> Row:
+    """Logits after penalties, biases, bans and the request's guide."""
     gen = request.gen
-    banned = _banned(request)
-    penal = gen.repetition_penalty != 1 or gen.presence_penalty or gen.frequency_penalty
-    if not (banned or penal or gen.logit_bias or request.guide):
-        return None
     row = row.copy()
-    if penal:
+    if _penalizes(request):
         _penalize(row, request)
     if gen.logit_bias:
         tokens = np.fromiter(gen.logit_bias.keys(), np.int64)
@@ -93,45 +126,12 @@ def _banned(request: Request) -> set[int]:
     return banned
 
 
-def _draw(row: Row, request: Request) -> int:
-    """One draw from the softmax of ``row`` under temperature, top-k, top-p and min-p."""
+def _draw_of(request: Request) -> Draw | None:
+    """None is the likeliest token."""
     gen = request.gen
-    kept, weights, mass = _likely(row, gen)
-    # A token is kept while the tokens before it have less than top_p of the total.
-    nucleus = (weights.cumsum() - weights) < gen.top_p * mass
-    nucleus &= weights >= gen.min_p * weights.max()
-    nucleus[weights.argmax()] = True
-    total = np.where(nucleus, weights, 0).cumsum()
-    place = int(np.searchsorted(total, _uniform(request) * total[-1], side="right"))
-    return int(kept[min(place, int(nucleus.nonzero()[0][-1]))])
-
-
-def _likely(
-    row: Row, gen: GenerationConfig
-) -> tuple[NDArray[np.int64], NDArray[np.float64], float]:
-    """Tokens that can be drawn, their weights, and the weight of all that top-k leaves. They are
-    in order, most likely first and ties by token id, where top-p needs it; no more than that are
-    sorted, which of a whole vocabulary would take longer than a step of a small model."""
-    best = row.max()
-
-    def weigh(tokens: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        tokens = tokens[np.lexsort((tokens, -row[tokens]))]
-        return tokens, np.exp((row[tokens] - best).astype(np.float64) / gen.temperature)
-
-    if 0 < gen.top_k < len(row):
-        kept, weights = weigh(np.argpartition(row, -gen.top_k)[-gen.top_k :])
-        return kept, weights, float(weights.sum())
-    every = np.exp((row - best).astype(np.float64) / gen.temperature)
-    mass = float(every.sum())
-    if gen.top_p == 1:
-        return np.arange(len(row)), every, mass
-    count = _FIRST_SORTED
-    while count < len(row):
-        kept, weights = weigh(np.argpartition(row, -count)[-count:])
-        if weights[weights > weights[-1]].sum() >= gen.top_p * mass:
-            return kept, weights, mass
-        count *= _FIRST_SORTED
-    return *weigh(np.arange(len(row))), mass
+    if gen.greedy:
+        return None
+    return Draw(gen.temperature, gen.top_k, gen.top_p, gen.min_p, _uniform(request))
 
 
 def _uniform(request: Request) -> float:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from kvant.kernels.backend import Backend, Batch
 from kvant.models.config import DecoderConfig
+from kvant.models.logits import HostLogits
 from kvant.models.ops import Linear, Norm, Ops
 from kvant.models.rope import RopeTables, attention_factor, inverse_frequencies
 
@@ -73,7 +72,7 @@ class Decoder:
         self._tables = RopeTables(inv_freq, attention_factor(config.rope))
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, backend: Backend) -> NDArray[np.float32]:
+    def forward(self, batch: Batch, backend: Backend) -> HostLogits:
         """Run all rows of ``batch``; logits of ``batch.logit_rows``, float32 ``[R, V]``."""
         x = F.embedding(torch.from_numpy(batch.tokens), self.weights.embedding)
         cos, sin = self._tables.at(batch.positions)
@@ -81,8 +80,7 @@ class Decoder:
         if out is None:
             out = self._run(x, cos, sin, batch, backend)
         logits = self.weights.head(out, norm=self.weights.norm, dtype=torch.float32)
-        found: NDArray[np.float32] = logits.numpy()
-        return found
+        return HostLogits(logits.numpy())
 
     def _run(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, backend: Backend) -> Tensor:
         """All blocks; the rows of ``x`` whose logits are wanted."""
