@@ -83,9 +83,13 @@ class EngineConfig:
         "kvant eval tune, auto, ... (default 16 bit)",
     )
     quant_policy: int | None = option(
-        None, "LMDeploy's name for the KV format: 0 (16 bit), 8 (int8) or 4 (k4v4)"
+        None, "LMDeploy's name for the KV format: 0 (16 bit), 8 (int8), 16 (fp8) or 4 (k4v4)"
     )
-    dtype: str = option("auto", "weights and activations: auto, bfloat16, float16 or float32")
+    dtype: str = option(
+        "auto",
+        "weights and activations: auto (bfloat16; float16 on GPUs without it), bfloat16, float16 "
+        "or float32",
+    )
     weight_dtype: str = option(
         "auto",
         "linear layers: auto (dtype; the codes of AWQ, GPTQ and compressed-tensors checkpoints), "
@@ -95,13 +99,18 @@ class EngineConfig:
     session_len: int | None = option(None, "longest context in tokens (default: the model's)")
     max_batch_size: int = option(128, "most sequences that run at a time")
     cache_max_entry_count: float = option(
-        0.8, "share of the memory left free after loading the weights that the KV cache may take"
+        0.8,
+        "share of the memory (a GPU's, if it computes) left free after loading the weights that "
+        "the KV cache may take",
     )
     kv_memory: int | str | None = option(None, 'KV cache size in bytes, as "4GiB"')
     kv_tokens: int | None = option(None, "KV cache size in tokens")
     enable_prefix_caching: bool = option(True, "share the pages of common prompt beginnings")
     max_prefill_token_num: int = option(1024, "most tokens that one step computes")
-    backend: str = option("auto", "attention backend: auto, cpu or reference")
+    backend: str = option(
+        "auto", "who computes: auto (a GPU if there is one), cpu, triton (GPUs) or reference"
+    )
+    eager_mode: bool = option(False, "on a GPU: launch kernels one by one, without CUDA graphs")
     num_threads: int | None = option(None, "CPU threads (default: all cores)")
     revision: str | None = option(None, "branch, tag or commit on the hub")
     download_dir: str | None = option(None, "folder for files from the hub")

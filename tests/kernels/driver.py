@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvant.cache.paged import Holding, PageCopy, PagedCache
-from kvant.cache.pool import BytePool
+from kvant.cache.pool import Pool
 from kvant.formats import PAGE_TOKENS, KVShape, KVSpec, PartView
 from kvant.formats.pages import open_pages
-from kvant.kernels import Batch, BatchSequence, KVMemory, make_backend
+from kvant.kernels import Batch, BatchSequence, make_backend, make_memory
 from tests.kernels.attention_oracle import QKV, LayerFormats, Options, exact, plain
 from tests.kernels.tolerance import Arithmetic, Rounding, arithmetic_of, rounding
 
@@ -42,8 +42,14 @@ class Sequence:
     adopted: int = 0  # from here on it is computed
 
 
+def host(pool: Pool) -> Array:
+    """The pages of a pool, which may be those of a GPU, ``uint8 [pages, bytes]``."""
+    pages: Array = pool.pages if isinstance(pool.pages, np.ndarray) else pool.pages.cpu().numpy()
+    return pages
+
+
 Slice = tuple[Sequence, int, int]
-Written = list[tuple[BytePool, set[int]]]
+Written = list[tuple[Pool, set[int]]]
 
 
 class Step(NamedTuple):
@@ -86,7 +92,8 @@ class Driver:
         by_head = None if sinks is None else np.array(sinks, np.float32)
         self.options = Options(window, softcap, by_head)
         num_recent, num_scratch = (NUM_RECENT, NUM_SCRATCH) if self.spec.recent else (0, 0)
-        self.memory = KVMemory.allocate(
+        self.memory = make_memory(
+            backend,
             self.spec,
             self.shape,
             NUM_PAGES + GUARDS,
@@ -151,7 +158,7 @@ class Driver:
     def step(self, parts: Ordered[tuple[Sequence, int]]) -> None:
         """One step of up to so many rows of each sequence, all layers."""
         slices, batch, written = self.begin(parts)
-        others = [np.delete(pool.pages, list(own), axis=0) for pool, own in written]
+        others = [np.delete(host(pool), list(own), axis=0) for pool, own in written]
         for layer in range(self.shape.num_layers):
             q, k, v = self._projection(slices, layer)
             self.backend.write(layer, k, v, batch)
@@ -162,7 +169,7 @@ class Driver:
             for part, (seq, start, end) in zip(batch.sequences, slices, strict=True):
                 seq.out[layer, start:end] = out[part.row : part.row + end - start]
         for before, (pool, own) in zip(others, written, strict=True):
-            after = np.delete(pool.pages, list(own), axis=0)
+            after = np.delete(host(pool), list(own), axis=0)
             assert np.array_equal(before, after), "a page was written that is not the batch's"
         for seq, _, end in slices:
             seq.computed = end
@@ -239,7 +246,7 @@ class Driver:
 
     def base_bytes(self, seq: Sequence) -> Array:
         """The base pages of a sequence, in order."""
-        return self.memory.base.pages[self._pages(seq)[self.spec.sink :]]
+        return host(self.memory.base)[self._pages(seq)[self.spec.sink :]]
 
     def recent_vectors(self, seq: Sequence) -> Array:
         """What the recent pages of a sequence hold of its sink and its open group, still rotated:
@@ -253,7 +260,7 @@ class Driver:
             return np.empty(0)
         spec, shape = self.spec.fine, self.shape
         read = []
-        for page in self.memory.recent.pages[self._recent_order[pages]]:
+        for page in host(self.memory.recent)[self._recent_order[pages]]:
             parts = [open_parts(spec, shape, page, layer) for layer in range(shape.num_layers)]
             read.append([[view.read(np.array([0])) for view in part] for part in parts])
         joined = np.concatenate(read, axis=-2)  # of [L, K and V, Hkv, 64, D]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from kvant import kernels
 from kvant.errors import ConfigError
 from kvant.formats import FORMATS, PAGE_TOKENS, PRESETS, KVShape, KVSpec
 from kvant.formats.pages import open_pages
@@ -371,8 +372,10 @@ def test_backends_are_made_by_name(name: str) -> None:
     assert make_backend(name, _memory()).name == name
 
 
-def test_auto_is_the_first_backend() -> None:
-    assert make_backend("auto", _memory()).name == next(iter(BACKENDS)) != "null"
+def test_auto_is_the_fastest_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    for gpu, name in ((False, "cpu"), (True, "triton")):
+        monkeypatch.setattr(kernels, "_has_gpu", lambda found=gpu: found)
+        assert make_backend("auto", _memory()).name == name
 
 
 @pytest.mark.parametrize(("wrong", "nearest"), (("refrence", "reference"), ("nul", "null")))

@@ -27,7 +27,7 @@ from kvant.bench.timing import Call, Ceilings, interleaved, percent
 from kvant.cache.sizing import recent_per_sequence
 from kvant.errors import ConfigError
 from kvant.formats import PAGE_TOKENS, KVShape, KVSpec
-from kvant.kernels import Batch, BatchSequence, KVMemory, check_backend, make_backend
+from kvant.kernels import Batch, BatchSequence, check_backend, make_backend, make_memory
 
 __all__ = ["CHUNK", "HISTORY", "Heads", "Plan", "Pool", "measure_decode", "random"]
 
@@ -137,7 +137,7 @@ class Pool:
         self._spec, self._shape = spec, shape
         kv_shape = shape.kv_shape(layers)
         recent = _RECENT if spec.recent else 0
-        self._memory = KVMemory.allocate(spec, kv_shape, pages, recent, CHUNK)
+        self._memory = make_memory(plan.backend, spec, kv_shape, pages, recent, CHUNK)
         self._backend = make_backend(plan.backend, self._memory, plan.threads)
         self._fine = recent_per_sequence(spec)
         self._base_bytes = spec.layout(kv_shape)[0].nbytes

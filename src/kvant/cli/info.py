@@ -22,7 +22,7 @@ from kvant.cli.terminal import import_engine, table
 from kvant.config import EngineConfig, parse_bytes
 from kvant.errors import ConfigError
 from kvant.formats import ABOUT, FORMATS, PAGE_TOKENS, PRESETS, KVShape, KVSpec
-from kvant.kernels import BACKENDS
+from kvant.kernels import BACKENDS, check_backend
 from kvant.kernels.cpu import available_isas, chosen_isa
 from kvant.machine import cpu, isa, package_version
 
@@ -37,6 +37,7 @@ _UNRELATED = (
     "enable_prefix_caching",
     "max_prefill_token_num",
     "backend",
+    "eager_mode",
     "num_threads",
     "check",
 )
@@ -85,7 +86,7 @@ def _machine() -> Json:
         "memory_free": free_memory(),
         "gpus": _gpus(),
         "backends": ["auto", *BACKENDS],
-        "auto_backend": next(iter(BACKENDS)),
+        "auto_backend": check_backend("auto"),
         "formats": [_format_row(name) for name in _names()],
     }
 

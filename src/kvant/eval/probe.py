@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from kvant.engine.engine import Engine
 from kvant.eval.metrics import sqnr_db
 from kvant.formats import PAGE_TOKENS
-from kvant.formats.pages import open_pages
+from kvant.formats.pages import LayerPages
 from kvant.kernels import Backend, Batch, KVMemory
 
 __all__ = ["Probe"]
@@ -31,7 +31,7 @@ class Probe:
         self.name = inner.name
         self._inner = inner
         spec, shape = memory.spec, memory.shape
-        self._base = open_pages(spec, shape, memory.base.pages)
+        self._shape, self._layers, self._pool = shape, spec.layout(shape), memory.base
         self._num_sink = int(spec.sink)
         self.signal: F64 = np.zeros((2, shape.num_layers))
         self.noise: F64 = np.zeros((2, shape.num_layers))
@@ -58,10 +58,18 @@ class Probe:
             return
         # The sink stays in its recent page; what was re-encoded is measured.
         skip = max(self._num_sink - first, 0)
-        kept = np.stack(self._base[layer].decode(sequence.pages[first + skip : last]))
+        kept = self._read(layer, sequence.pages[first + skip : last])
         exact = written[:, skip * PAGE_TOKENS : full].astype(np.float64).reshape(kept.shape)
         self.signal[:, layer] += np.square(exact).sum(axis=(1, 2, 3, 4))
         self.noise[:, layer] += np.square(exact - kept).sum(axis=(1, 2, 3, 4))
+
+    def _read(self, layer: int, pages: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Keys and values ``[2, n, 64, Hkv, D]`` that base pages hold."""
+        place, heads = self._layers[layer], self._shape.num_kv_heads
+        raw = self._pool.read(pages, place.offset, place.offset + place.nbytes)
+        by_head = raw.reshape(len(pages), heads, place.nbytes // heads)
+        opened = LayerPages(place, self._shape.head_dim, by_head)
+        return np.stack(opened.decode(np.arange(len(pages))))
 
     def attend(self, layer: int, q: Any, batch: Batch, **options: Any) -> Any:
         """Pass on."""

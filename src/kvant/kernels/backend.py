@@ -7,13 +7,14 @@ reference backend.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvant.cache.pool import BytePool
+from kvant.cache.pool import BytePool, Pool
 from kvant.formats import PAGE_TOKENS, KVShape, KVSpec
 
 __all__ = ["Backend", "Batch", "BatchSequence", "KVMemory"]
@@ -63,16 +64,24 @@ class KVMemory:
 
     spec: KVSpec
     shape: KVShape
-    base: BytePool
-    recent: BytePool
-    scratch: BytePool
+    base: Pool
+    recent: Pool
+    scratch: Pool
 
     @classmethod
     def allocate(
-        cls, spec: KVSpec, shape: KVShape, num_pages: int, num_recent: int, max_step_tokens: int
+        cls,
+        spec: KVSpec,
+        shape: KVShape,
+        num_pages: int,
+        num_recent: int,
+        max_step_tokens: int,
+        *,
+        pool: Callable[[int, int], Pool] = BytePool,
     ) -> KVMemory:
         """Reserve the pools. ``num_recent`` is 0 without a recent part; with one, a step of at
-        most ``max_step_tokens`` rows fills one group for each 64 of them."""
+        most ``max_step_tokens`` rows fills one group for each 64 of them. ``pool`` makes one, of so
+        many pages of so many bytes."""
         spec.check(shape)
         num_scratch = max_step_tokens // PAGE_TOKENS if num_recent else 0
         fine = spec.fine
@@ -80,9 +89,9 @@ class KVMemory:
         return cls(
             spec,
             shape,
-            BytePool(num_pages, spec.page_bytes(shape)),
-            BytePool(num_recent, fine.page_bytes(shape)),
-            BytePool(num_scratch, one_layer),
+            pool(num_pages, spec.page_bytes(shape)),
+            pool(num_recent, fine.page_bytes(shape)),
+            pool(num_scratch, one_layer),
         )
 
 

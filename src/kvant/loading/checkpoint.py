@@ -76,7 +76,7 @@ class _Reader:
         self._ops = ops
 
     def tensor(self, name: str, layer: int | None, *shape: int) -> Tensor:
-        return self._read(name, layer, shape).to(self._dtype)
+        return self._ops.place(self._read(name, layer, shape).to(self._dtype))
 
     def norm(self, name: str, layer: int | None) -> Norm:
         config = self._checkpoint.config
@@ -99,6 +99,16 @@ class _Reader:
         weight = weight.rows(change) if isinstance(weight, Codes) else change(weight)
         biases = [self.tensor(f"{name}.bias", layer, out) for name, out in names if bias]
         return self._ops.linear(weight, change(_fuse(biases)) if biases else None, gated=gated)
+
+    def head(self, embedding: Tensor) -> Linear:
+        """The layer that makes logits. Tied to the embedding it is the same tensor, unless it has
+        codes."""
+        config = self._checkpoint.config
+        codes = self._weight_dtype != "auto" or self._checkpoint.quantized
+        if config.tie_embeddings and not codes:
+            return self._ops.linear(embedding)
+        name = "embedding" if config.tie_embeddings else "head"
+        return self.linear([(name, config.vocab_size)], None, config.hidden_size)
 
     def _weight(
         self, names: list[tuple[str, int]], layer: int | None, inputs: int, *, keep: bool = True
@@ -220,10 +230,9 @@ def load_weights(
             layers.append(layer)
             if progress:
                 progress(len(layers), config.num_layers)
-    head = "embedding" if config.tie_embeddings else "head"
     return DecoderWeights(
         embedding=embedding,
         layers=tuple(layers),
         norm=reader.norm("norm", None),
-        head=reader.linear([(head, config.vocab_size)], None, config.hidden_size),
+        head=reader.head(embedding),
     )

@@ -194,6 +194,10 @@ class CPUOps:
         self._arena = Arena()
         self._rotary = _native.Rotary(isa=chosen_isa(), threads=self._threads)
 
+    def place(self, x: Tensor) -> Tensor:
+        """``x``."""
+        return x
+
     def linear(
         self, weight: Tensor | Codes, bias: Tensor | None = None, *, gated: bool = False
     ) -> CPULinear:

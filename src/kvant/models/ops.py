@@ -71,6 +71,10 @@ class Layers(Protocol):
 class Ops(Protocol):
     """Makes linear layers, and rotates."""
 
+    def place(self, x: Tensor) -> Tensor:
+        """``x``, a parameter that is none of a linear layer, where it is computed with."""
+        ...
+
     def linear(
         self, weight: Tensor | Codes, bias: Tensor | None = None, *, gated: bool = False
     ) -> Linear:
@@ -123,9 +127,13 @@ class TorchOps:
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self._dtype = dtype
 
+    def place(self, x: Tensor) -> Tensor:
+        """``x``."""
+        return x
+
     def linear(
         self, weight: Tensor | Codes, bias: Tensor | None = None, *, gated: bool = False
-    ) -> TorchLinear:
+    ) -> Linear:
         """See :meth:`Ops.linear`."""
         if isinstance(weight, Codes):
             weight = weight.dequantize().to(self._dtype)
