@@ -240,6 +240,7 @@ def test_wrong_words(run: Run, tiny: str, words: tuple[str, ...], said: str) -> 
         (("attention", "--cold", "much"), "'much' is not a size"),
         (("attention", "--prompt", "100"), "prompt=100 must be a multiple of 512"),
         (("attention", "--backend", "fast"), "fast"),
+        (("attention", "--backend", "triton"), "scripts/gpu-gate"),
         (("attention", "--num-threads", "0"), "num_threads=0"),
         (("attention", "--kv", "int8,"), "empty entry"),
         (("attention", "--num-threads", "100000"), "num_threads=100000 exceeds"),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +19,7 @@ from kvant.formats import KVShape, KVSpec
 from kvant.kernels import check_backend, make_memory
 from kvant.kernels.triton import pool
 from kvant.models.config import DecoderConfig
+from kvant.models.workspace import workspace_bytes
 
 GPU = torch.device("cuda", 0)
 MODEL = DecoderConfig(
@@ -53,7 +58,46 @@ def test_auto_is_a_gpu_if_there_is_one(monkeypatch: pytest.MonkeyPatch, no_gpu: 
     assert check_backend("auto") == "cpu"
     monkeypatch.setattr(kernels, "_has_gpu", lambda: True)
     monkeypatch.setattr(pool, "find_device", lambda: GPU)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0))
     assert check_backend("auto") == "triton"
+
+
+@pytest.fixture
+def pascal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine with a GPU of compute capability 6.1, its driver, and nothing said yet."""
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (6, 1))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "GeForce GTX 1080")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    kernels._tell.cache_clear()
+    yield
+    kernels._tell.cache_clear()
+
+
+def test_a_gpu_too_old_for_triton(pascal: None, caplog: pytest.LogCaptureFixture) -> None:
+    said = r"capability 7\.0 or more, and GeForce GTX 1080 has 6\.1; take backend=\"cpu\""
+    with pytest.raises(ConfigError, match=said):
+        check_backend("triton")
+    with caplog.at_level(logging.WARNING, logger="kvant"):
+        assert [check_backend("auto") for _ in range(3)] == ["cpu"] * 3
+    (line,) = caplog.messages
+    assert "the GPU is left alone" in line and "GeForce GTX 1080 has 6.1" in line
+
+
+def test_a_gpu_without_triton(
+    pascal: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kernels, "find_spec", lambda _: None)
+    with caplog.at_level(logging.WARNING, logger="kvant"):
+        assert [check_backend("auto") for _ in range(3)] == ["cpu"] * 3
+    (line,) = caplog.messages
+    assert "the GPU is left alone" in line and "install kvant[gpu]" in line
+
+
+def test_auto_is_not_what_is_interpreted(pascal: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert (check_backend("auto"), check_backend("triton")) == ("cpu", "triton")
 
 
 @pytest.mark.parametrize("what", [check_backend, lambda name: load.open_model("x", _on(name))])
@@ -86,12 +130,53 @@ def test_sixteen_bits_are_those_of_the_gpu(volta: None) -> None:
 
 
 def test_the_cache_is_a_share_of_gpu_memory(volta: None) -> None:
-    spec, shape = KVSpec.parse("int8"), MODEL.kv_shape
-    size = load.cache_size(EngineConfig(cache_max_entry_count=0.5), spec, shape)
-    page = spec.page_bytes(shape)
+    spec = KVSpec.parse("int8")
+    size = load.cache_size(EngineConfig(cache_max_entry_count=0.5), spec, MODEL)
+    page = spec.page_bytes(MODEL.kv_shape)
     assert 2**30 - page < size.nbytes <= 2**30
     with pytest.raises(ConfigError, match=r"3\.00 GiB and 2\.00 GiB of GPU memory are free"):
-        load.cache_size(EngineConfig(kv_memory="3GiB"), spec, shape)
+        load.cache_size(EngineConfig(kv_memory="3GiB"), spec, MODEL)
+
+
+def test_a_step_finds_its_memory(volta: None) -> None:
+    """A share takes what a step leaves; sizes that leave less are refused, and so is a GPU that
+    has no room for both."""
+    spec, free = KVSpec.parse("int8"), 2**31
+    needed = load._workspace(EngineConfig(), MODEL, GPU)
+    page = spec.page_bytes(MODEL.kv_shape)
+    assert 2**28 < needed < 2**30
+    size = load.cache_size(EngineConfig(cache_max_entry_count=0.99), spec, MODEL, free)
+    assert free - needed - page < size.nbytes <= free - needed
+    exact = EngineConfig(kv_memory=free - needed)
+    assert load.cache_size(exact, spec, MODEL, free).nbytes <= free - needed
+    said = r"2\.00 GiB of GPU memory are free, of which a step needs up to 0\.\d\d GiB; .*kv_memory"
+    for options in ({"kv_memory": free - needed + page}, {"kv_tokens": 64 * (free // page)}):
+        with pytest.raises(ConfigError, match=said + ".*lower max_prefill_token_num"):
+            load.cache_size(EngineConfig(**options), spec, MODEL, free)
+    with pytest.raises(ConfigError, match=r"needs up to 0\.\d\d GiB and 0\.25 GiB.*lower max_pre"):
+        load.cache_size(EngineConfig(), spec, MODEL, 2**28)
+    on_cpu = EngineConfig(backend="cpu", cache_max_entry_count=0.99)
+    assert load.cache_size(on_cpu, spec, MODEL, 2**28).nbytes > 0.98 * 2**28
+
+
+def test_the_workspace_grows_with_what_it_is_for() -> None:
+    """By what is certain: rows of logits, contexts' tables, graphs; twice the bytes as float32."""
+    model = replace(
+        MODEL, vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_heads=32,
+        num_kv_heads=32, head_dim=128,
+    )  # fmt: skip
+    usual: dict[str, Any] = {"max_step_tokens": 1024, "max_batch_size": 64, "longest": 4096}
+    usual |= {"graphs": False, "dtype": torch.bfloat16}
+
+    def more(**options: Any) -> int:
+        return workspace_bytes(model, **(usual | options)) - workspace_bytes(model, **usual)
+
+    assert more(max_step_tokens=2048) > 1024 * (4 * 32000 + 2 * 3 * 11008)
+    assert more(longest=8192) >= 4096 * 128 * 4
+    assert more(max_batch_size=65) >= 32 * 16 * 128 * 4  # 16 splits of 4 pages
+    assert more(max_batch_size=2048) == more(max_batch_size=1024)  # a row each
+    assert more(graphs=True) > 64 * 2 * 3 * 11008
+    assert more(dtype=torch.float32) > 2**28
 
 
 def test_a_pool_on_a_device() -> None:

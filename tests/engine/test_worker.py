@@ -110,6 +110,25 @@ def test_a_failing_step_fails_all_requests_and_later_ones(
         worker.call(lambda e: e.stats())
 
 
+class OutOfMemoryError(RuntimeError):
+    """Of torch.cuda, which there is no GPU for."""
+
+
+def test_what_helps_where_a_gpu_has_no_memory(worker: EngineWorker, engine: Engine) -> None:
+    def explode(*arguments: object) -> None:
+        raise OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB\n"
+        )
+
+    engine._model.forward = explode  # type: ignore[method-assign, assignment]
+    error = str(list(Stream(worker, request_of(worker)))[-1].error)
+    assert "no memory (CUDA out of memory. Tried to allocate 2.00 GiB.)" in error
+    for text in (error, str(worker.failure)):
+        assert "lower cache_max_entry_count or max_prefill_token_num" in text
+    with pytest.raises(EngineDeadError, match="max_prefill_token_num"):
+        Stream(worker, request_of(worker))
+
+
 def test_closing_ends_what_runs_and_refuses_more(engine: Engine) -> None:
     worker = EngineWorker(engine)
     streams = [Stream(worker, request_of(worker, 900)) for _ in range(3)]

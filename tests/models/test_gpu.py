@@ -16,6 +16,7 @@ from kvant.errors import ConfigError
 from kvant.kernels.triton.pool import find_device
 from kvant.models.codes import quantize_int4, quantize_int8
 from kvant.models.gpu import GPUDecoder, GPUOps, choose_dtype
+from kvant.models.graphs import Capture, CudaCapture
 from kvant.models.ops import Norm, TorchOps
 
 # What kernels make of lanes that are masked, and of rows of padding, is of no use to anybody.
@@ -90,26 +91,44 @@ def test_chunks_of_which_no_logits_are_wanted(tiny: str, expected: Expected) -> 
         assert_close(observe(pipe), expected, 1e-5)
 
 
-@pytest.mark.parametrize("kv", ["f32", "int8h+r64:f32"])
+def decoded(
+    tiny: str, kv: str, capture: Capture | None
+) -> tuple[list[list[int]], NDArray[np.float32]]:
+    """Tokens, and what was written of a 32-bit cache."""
+    with open_tiny(tiny, kv=kv) as pipe:
+        decoder = decoder_of(pipe)
+        decoder._capture = capture
+        tokens = generate(pipe)
+        memory = pipe.model.engine.memory
+        pool = memory.recent if memory.spec.recent else memory.base
+        assert (decoder._steps is None) == (capture is None)
+        assert decoder._steps is None or decoder._steps[1].captured == [(4, 8)]
+        return tokens, torch.as_tensor(pool.pages).cpu().numpy().view(np.float32).copy()
+
+
+def assert_same_decodes(tiny: str, kv: str, one: Capture | None, other: Capture) -> None:
+    """The same tokens, and the same places written, with values that differ as torch's products do
+    for another number of rows."""
+    (tokens, pages), (others, other_pages) = (decoded(tiny, kv, each) for each in (one, other))
+    assert tokens == others
+    assert np.array_equal(pages == 0, other_pages == 0) and pages.any()
+    np.testing.assert_allclose(other_pages, pages, rtol=0, atol=1e-5 * np.abs(pages).max())
+
+
+KVS = pytest.mark.parametrize("kv", ["f32", "int8h+r64:f32"])
+
+
+@KVS
 def test_padded_decode_steps_change_nothing(tiny: str, kv: str) -> None:
-    """Three sequences in a step of four: the same tokens, and the same places written, with values
-    that differ as torch's products do for another number of rows."""
-    seen = []
-    for capture in (None, lambda work: work):
-        with open_tiny(tiny, kv=kv) as pipe:
-            decoder = decoder_of(pipe)
-            decoder._capture = capture
-            tokens = generate(pipe)
-            memory = pipe.model.engine.memory
-            pool = memory.recent if memory.spec.recent else memory.base
-            written = torch.as_tensor(pool.pages).cpu().numpy().view(np.float32)
-            seen.append((tokens, written.copy()))
-            assert (decoder._steps is None) == (capture is None)
-    assert decoder._steps is not None and decoder._steps[1].captured == [(4, 8)]
-    (tokens, pages), (padded_tokens, padded_pages) = seen
-    assert tokens == padded_tokens
-    assert np.array_equal(pages == 0, padded_pages == 0) and pages.any()
-    np.testing.assert_allclose(padded_pages, pages, rtol=0, atol=1e-5 * np.abs(pages).max())
+    """Three sequences in a step of four."""
+    assert_same_decodes(tiny, kv, None, lambda work: work)
+
+
+@KVS
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs are captured on GPUs")
+def test_captured_decode_steps_change_nothing(tiny: str, kv: str) -> None:
+    """Steps that a GPU repeats by itself, over arrays that are filled anew."""
+    assert_same_decodes(tiny, kv, None, CudaCapture())
 
 
 def test_whatever_stands_before_the_backend_sees_every_layer(tiny: str, expected: Expected) -> None:
@@ -179,7 +198,8 @@ def test_codes_without_a_product_are_expanded(
         found, _ = (ops.linear(codes)(x.to(DEVICE)).cpu() for _ in range(2))
     torch.testing.assert_close(found, x @ codes.dequantize().t())
     (line,) = caplog.messages
-    assert f"weights of {codes.bits} bits are expanded to float32" in line
+    assert line.startswith(f"weights of {codes.bits} bits")
+    assert "expanded to float32 and take 4 bytes each" in line and "weight_dtype=int4" in line
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="torch has the product on GPUs")

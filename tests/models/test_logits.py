@@ -1,7 +1,7 @@
 """Tokens from logits: what a device chooses is what the host chooses, with one copy.
 
-Tensors on the CPU stand for those of a device; a tensor on "meta", which has no values, shows that
-nothing waits for them.
+Without a GPU, tensors on the CPU stand for those of a device; a tensor on "meta", which has no
+values, shows that nothing waits for them.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from kvant.kernels.triton.pool import find_device
 from kvant.models import logits as module
 from kvant.models.draw import Draw
 from kvant.models.logits import DeviceLogits, HostLogits
 
 F32 = NDArray[np.float32]
-BOTH = pytest.mark.parametrize("kind", [HostLogits, lambda x: DeviceLogits(torch.from_numpy(x))])
+DEVICE = find_device()
+BOTH = pytest.mark.parametrize(
+    "kind", [HostLogits, lambda x: DeviceLogits(torch.from_numpy(x).to(DEVICE))]
+)
 
 # One of each way to choose: the likeliest, by token id, top-k, a nucleus, all of them sorted.
 PLAIN = (
@@ -32,7 +36,7 @@ PLAIN = (
 
 
 def device(logits: F32) -> DeviceLogits:
-    return DeviceLogits(torch.from_numpy(logits))
+    return DeviceLogits(torch.from_numpy(logits).to(DEVICE))
 
 
 def random_logits(rng: np.random.Generator, rows: int, vocab: int) -> F32:
@@ -201,7 +205,7 @@ def test_fetched_rows_are_the_logits(kind: Any, rows: slice | list[int]) -> None
 
 def test_fetched_rows_outlive_the_buffer_of_a_device() -> None:
     """A receiver may keep them, and the next step may write to the same memory."""
-    buffer = torch.zeros(4, 5)
+    buffer = torch.zeros(4, 5, device=DEVICE)
     found = DeviceLogits(buffer).fetch(slice(0, 2))
     buffer.fill_(1)
     assert not found.any()

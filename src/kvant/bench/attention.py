@@ -79,7 +79,7 @@ class Plan:
 
     Args:
         specs: formats; the first is compared with.
-        backend: whose kernels.
+        backend: whose kernels; not those of a GPU, which another clock must time.
         threads: of backend and torch.
         batches: numbers of sequences.
         contexts: their tokens, multiples of 64 from 128.
@@ -104,6 +104,11 @@ class Plan:
 
     def __post_init__(self) -> None:
         check_counts(batch=self.batches, repeats=self.repeats, layers=self.layers)
+        if check_backend(self.backend) == "triton":
+            raise ConfigError(
+                f'backend="{self.backend}" computes on a GPU, which kvant bench attention does not '
+                'measure; take backend="cpu", or scripts/gpu-gate --steps setup attention'
+            )
         for context in self.contexts:
             if context < 2 * PAGE_TOKENS or context % PAGE_TOKENS:
                 raise ConfigError(

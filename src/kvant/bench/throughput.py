@@ -198,7 +198,7 @@ def check_fit(
     """
     model = opened.config
     spec.check(model.kv_shape)
-    size = cache_size(_engine_config(config, spec, concurrency), spec, model.kv_shape)
+    size = cache_size(_engine_config(config, spec, concurrency), spec, model)
     _check_lengths(
         work, min(config.session_len or model.max_positions, size.num_tokens), spec.label
     )

@@ -58,7 +58,7 @@ def configure(parser: ArgumentParser) -> None:
     ):
         add(name, metavar="N", type=int, default=default, help=_default(about, str(default)))
     add("--num-threads", metavar="N", type=int, help="threads (default: all cores)")
-    add("--backend", metavar="X", default="auto", help=_default("whose kernels", "auto"))
+    add("--backend", metavar="X", default="cpu", help=_default("whose kernels, on a CPU", "cpu"))
     about = _default("read before anything is read again", "256MiB")
     add("--cold", metavar="X", default="256MiB", help=about)
     about = _default("memory of all formats' pages", "6GiB")

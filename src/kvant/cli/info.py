@@ -192,7 +192,7 @@ def _cache_row(spec: KVSpec, config: EngineConfig, model: DecoderConfig, memory:
         row["bytes_per_token"] = spec.bytes_per_token(shape)
         row["page_bytes"] = spec.page_bytes(shape)
         row["tokens_per_gib"] = spec.tokens_per_gib(shape)
-        size = cache_size(config, spec, shape, memory)
+        size = cache_size(config, spec, model, memory)
     except ConfigError as error:
         return row | {"problem": str(error)}
     length = config.session_len or model.max_positions

@@ -14,7 +14,7 @@ from kvant.cache.sizing import CacheSize, free_memory, size_for_bytes, size_for_
 from kvant.config import EngineConfig, parse_bytes
 from kvant.engine.engine import Engine, Model
 from kvant.errors import ConfigError
-from kvant.formats import KVShape, KVSpec, is_auto
+from kvant.formats import KVSpec, is_auto
 from kvant.formats.auto import choose_preset
 from kvant.kernels import check_backend, make_backend, make_memory
 from kvant.loading.checkpoint import Checkpoint, Progress, load_weights
@@ -67,31 +67,63 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def cache_size(
-    config: EngineConfig, spec: KVSpec, shape: KVShape, memory: int | None = None
+    config: EngineConfig, spec: KVSpec, model: DecoderConfig, memory: int | None = None
 ) -> CacheSize:
-    """The KV cache that the options ask for; ``memory`` replaces the memory found free.
+    """The KV cache that the options ask for; ``memory`` replaces the memory found free. On a GPU
+    it leaves what a step needs.
 
     Raises:
         ConfigError: it would not hold a page, or not fit into the free memory.
     """
-    device = _device(config)
+    device, shape = _device(config), model.kv_shape
     free = memory or _free_memory(device)
+    needed = _workspace(config, model, device)
+    if needed and free <= needed:
+        raise ConfigError(
+            f"a step needs up to {_gib(needed)} and {_gib(free)} of GPU memory are free, which "
+            "leaves none for a KV cache; lower max_prefill_token_num or max_batch_size, or take a "
+            "smaller model"
+        )
     if config.kv_tokens is not None:
         size = size_for_tokens(spec, shape, config.kv_tokens, config.max_batch_size)
     else:
         budget = (
             parse_bytes(config.kv_memory)
             if config.kv_memory is not None
-            else int(config.cache_max_entry_count * free)
+            else min(int(config.cache_max_entry_count * free), free - needed)
         )
         size = size_for_bytes(spec, shape, budget, config.max_batch_size)
-    if size.nbytes > free:
-        whose = "" if device is None else "of GPU memory "
+    if size.nbytes > free - needed:
+        whose = "" if device is None else " of GPU memory"
+        step, lower = "", ""
+        if needed:
+            step = f", of which a step needs up to {_gib(needed)}"
+            lower = ", lower max_prefill_token_num"
         raise ConfigError(
-            f"the KV cache would take {size.nbytes / 2**30:.2f} GiB and {free / 2**30:.2f} GiB "
-            f"{whose}are free; give less with kv_memory or kv_tokens, or take a smaller KV format"
+            f"the KV cache would take {_gib(size.nbytes)} and {_gib(free)}{whose} are free{step}; "
+            f"give less with kv_memory or kv_tokens{lower}, or take a smaller KV format"
         )
     return size
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB"
+
+
+def _workspace(config: EngineConfig, model: DecoderConfig, device: torch.device | None) -> int:
+    """Bytes of a GPU's memory that steps need beside weights and cache."""
+    if device is None or device.type == "cpu":
+        return 0
+    from kvant.models.workspace import workspace_bytes
+
+    return workspace_bytes(
+        model,
+        _dtype(config),
+        max_step_tokens=config.max_prefill_token_num,
+        max_batch_size=config.max_batch_size,
+        longest=config.session_len or model.max_positions,
+        graphs=not config.eager_mode,
+    )
 
 
 def _device(config: EngineConfig) -> torch.device | None:
@@ -234,7 +266,7 @@ def start_model(opened: OpenModel, weights: DecoderWeights, config: EngineConfig
     model = opened.config
     spec = _kv_spec(config, model)
     spec.check(model.kv_shape)
-    size = cache_size(config, spec, model.kv_shape)
+    size = cache_size(config, spec, model)
     session_len = _session_len(config, model, size)
     step_tokens = config.max_prefill_token_num
     pages = size.num_pages, size.num_recent

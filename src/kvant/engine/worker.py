@@ -30,7 +30,14 @@ _Command = Callable[[], None]
 
 
 def _text(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+    kind = type(error).__name__
+    if kind == "OutOfMemoryError":  # torch's, known by its name: torch takes seconds to import
+        reason = str(error).partition("\n")[0].partition(" GPU ")[0]
+        return (
+            f"a step found no memory ({reason}); lower cache_max_entry_count or "
+            "max_prefill_token_num"
+        )
+    return f"{kind}: {error}"
 
 
 class Stream:
@@ -183,7 +190,7 @@ class EngineWorker:
         with self._lock:
             if self._failure is not None:
                 raise EngineDeadError(
-                    f"the engine failed ({self._failure}); start a new one"
+                    f"the engine failed ({_text(self._failure)}); start a new one"
                 ) from self._failure
             if self._closed:
                 raise EngineDeadError("the engine is closed; start a new one")

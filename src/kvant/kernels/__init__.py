@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -14,6 +16,8 @@ from kvant.kernels.backend import Backend, Batch, BatchSequence, KVMemory
 from kvant.kernels.cpu import CPUBackend, check_cpu
 from kvant.kernels.null import NullBackend
 from kvant.kernels.reference import ReferenceBackend
+
+_log = logging.getLogger("kvant")
 
 __all__ = [
     "BACKENDS",
@@ -55,28 +59,45 @@ BACKENDS: dict[str, _Kind] = {
 
 
 def _has_gpu() -> bool:
-    """Whether the triton backend would find a GPU. torch, which takes seconds to load, is asked
+    """Whether the triton backend would work on a GPU. torch, which takes seconds to load, is asked
     only where there is a driver."""
-    if find_spec("triton") is None:
-        return False
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
         return False
     import torch
 
-    return torch.cuda.is_available()
+    if not torch.cuda.is_available():
+        return False
+    try:
+        return _check_triton() == "cuda"
+    except ConfigError as error:
+        _tell(f"the GPU is left alone: {error}")
+        return False
 
 
-def _check_triton() -> None:
+@cache
+def _tell(line: str) -> None:
+    """Log a line, once."""
+    _log.warning(line)
+
+
+def _check_triton() -> str:
+    """The kind of device that the triton backend would work on: cuda, or cpu if it is interpreted.
+
+    Raises:
+        ConfigError: there is none, or no Triton.
+    """
     if find_spec("triton") is None:
         raise ConfigError(
             'backend="triton" needs the package triton, which is not installed; install '
             'kvant[gpu], or take backend="cpu"'
         )
-    from kvant.kernels.triton.pool import find_device
+    from kvant.kernels.triton.pool import check_capability, find_device
 
-    find_device()
+    device = find_device()
+    check_capability(device)
+    return device.type
 
 
 def check_backend(name: str, head_dim: int | None = None) -> str:

@@ -41,7 +41,8 @@ class BatchSequence:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The arrays of one step. T rows in all, in no particular mix of prompt and decode.
+    """The arrays of one step. T rows in all, in no particular mix of prompt and decode; sequences
+    in the order of their rows, without gaps.
 
     tokens     int64 [T], token ids
     positions  int64 [T], position of each row in its sequence

@@ -156,7 +156,8 @@ class GPUOps(TorchOps):
             and dtype == torch.bfloat16
             and torch.cuda.get_device_capability(device) >= _BF16
         )
-        self._told = threading.Lock()  # held from the first line about expanded weights on
+        self._told: set[int] = set()  # bits of codes that were expanded
+        self._lock = threading.Lock()  # layers are made by several threads
 
     def linear(
         self, weight: Tensor | Codes, bias: Tensor | None = None, *, gated: bool = False
@@ -172,14 +173,27 @@ class GPUOps(TorchOps):
         tiles = inner_tiles(weight.shape[1])
         if self._has_int4 and tiles and _suits(weight):
             return _Int4.pack(weight.rows(self.place), bias, tiles)
-        if self._told.acquire(blocking=False):
-            _log.warning(
-                "weights of %d bits are expanded to %s: a GPU multiplies by codes of 4 bits only, "
-                "with dtype=bfloat16 from compute capability 8.0 on",
-                weight.bits,
-                str(self._dtype).removeprefix("torch."),
-            )
+        self._tell(weight.bits)
         return _Floats(self.place(weight.dequantize().to(self._dtype)), bias)
+
+    def _tell(self, bits: int) -> None:
+        """Log, once for codes of so many bits, that they are expanded."""
+        with self._lock:
+            if bits in self._told:
+                return
+            self._told.add(bits)
+        _log.warning(
+            "weights of %d bits%s are expanded to %s and take %d bytes each: a GPU multiplies by "
+            "codes of 4 bits only, in groups of %d to %d, with dtype=bfloat16, from compute "
+            "capability 8.0 on; where memory is short take weight_dtype=int4 there, or a smaller "
+            "model",
+            bits,
+            " (with weight_dtype=int4 those of the head)" if bits == 8 else "",
+            str(self._dtype).removeprefix("torch."),
+            self._dtype.itemsize,
+            GROUPS[0],
+            GROUPS[-1],
+        )
 
     def place(self, x: Tensor) -> Tensor:
         """``x`` on the device."""

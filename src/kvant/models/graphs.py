@@ -40,22 +40,26 @@ class PlanMaker(Protocol):
 
 class CudaCapture:
     """Captures CUDA graphs, which share one pool of memory: what they compute with is of no use
-    once the last kernel has run."""
+    once the last kernel has run. All are captured on one stream, as libraries keep a workspace for
+    each stream that they ever saw."""
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
         """Run ``work``, so that kernels are compiled and libraries have their workspaces, then
         capture it. It must come to the same however often it runs."""
-        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
+        here = torch.cuda.current_stream()
+        self._aside.wait_stream(here)
+        with torch.cuda.stream(self._aside):
             for _ in range(2):
                 work()
-        here.wait_stream(aside)
+        here.wait_stream(self._aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=self._aside, capture_error_mode="thread_local"
+        ):
             work()
         self._pool = self._pool or graph.pool()
         replay: Callable[[], None] = graph.replay

@@ -5,7 +5,7 @@ Probabilities on a device are whole numbers: multiples of a power of two so smal
 vocabulary fit into 62 bits. Their sums are exact in any order, so a row's token depends on nothing
 but its row, whatever kernels a library picks for a batch's shape. The order of draws is that of
 :mod:`kvant.models.draw`, so tokens differ from those of the host only where the rounding of a sum
-decides, less than once in 10 ** 8 draws.
+decides.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from torch import Tensor
 
 from kvant.models.draw import Draw, draw
 
-__all__ = ["DeviceLogits", "HostLogits"]
+__all__ = ["CHOICE_BYTES", "DeviceLogits", "HostLogits"]
 
 F32 = NDArray[np.float32]
 
 _CANDIDATES = 1024  # tokens that are ranked at first: a nucleus or top_k is rarely wider
-_ELEMENTS = 1 << 22  # logits that are weighed at a time: each takes about 24 bytes meanwhile
+_ELEMENTS = 1 << 22  # logits that are weighed at a time
+CHOICE_BYTES = 24 * _ELEMENTS
+"""About what they take meanwhile: float64 weights, whole numbers and their sums."""
 _NOT_FINITE, _WIDER = -1, -2  # in place of a token: it has none; its candidates were too few
 
 

@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from kvant.formats import PAGE_TOKENS
-from kvant.kernels.triton import backend as module
+from kvant.cache.pool import BytePool
+from kvant.formats import PAGE_TOKENS, KVShape, KVSpec
+from kvant.formats.pages import open_pages
+from kvant.kernels import Batch, BatchSequence, KVMemory, make_backend, make_memory
 from kvant.kernels.triton.backend import TritonBackend
 from kvant.kernels.triton.plan import num_splits
 from tests.kernels import test_backend as contract
 from tests.kernels.attention_oracle import LayerFormats, Options, Table, exact, pieces, softmax
-from tests.kernels.driver import Driver, assert_accurate
+from tests.kernels.driver import Driver, assert_accurate, host
 
 Array = np.ndarray[Any, Any]
 
@@ -113,23 +115,51 @@ def test_a_broken_token_reaches_only_those_who_see_it(
     )
 
 
-@pytest.mark.parametrize("kv", ("int8", "k4v4", "k=int4h,v=f16"))
-def test_contexts_that_are_staged_in_rounds(kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Room for two pages: each round goes on where the last one stopped."""
-    driver = Driver("triton", kv)
+@pytest.fixture
+def dirty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that nobody has written is full of NaN."""
+    new = torch.Tensor.new_empty
+
+    def new_dirty(self: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        fresh = new(self, *args, **options)
+        return fresh.fill_(torch.nan) if fresh.is_floating_point() else fresh
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_dirty)
+
+
+@pytest.mark.parametrize(
+    ("kv", "options"),
+    (
+        ("int8", {"window": 100}),
+        ("k4v4", {}),
+        ("k4v4", {"window": 100}),
+        ("k=int4h,v=f16", {"softcap": 30.0, "sinks": contract.SINKS}),
+    ),
+)
+def test_contexts_that_are_staged_in_rounds(
+    kv: str, options: dict[str, Any], dirty: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for two pages: each round goes on where the last one stopped, and reads nothing that
+    none has written, where a window leaves pages out."""
+    driver = Driver("triton", kv, **options)
     monkeypatch.setattr(TritonBackend, "_room", lambda self: 2)
     sequences = [driver.add(length) for length in (260, 70)]
     driver.run(*sequences, chunks=(130, 40))
     assert_accurate(driver, *sequences)
 
 
-@pytest.mark.parametrize(("kv", "window"), (("int8", None), ("k4v4", 200)))
-def test_a_decode_is_the_same_in_any_company(kv: str, window: int | None) -> None:
+@pytest.mark.parametrize(
+    ("kv", "window", "length"), (("int8", None, 200), ("int8", None, 268), ("k4v4", 200, 268))
+)
+def test_a_decode_is_the_same_in_any_company(
+    kv: str, window: int | None, length: int, dirty: None
+) -> None:
     """Splits are decided by positions alone, so a row has the same bits alone, beside longer
-    sequences, which have more splits, and in arrays with room for more."""
+    sequences, which have more splits, and in arrays with room for more. What is missing there
+    writes nothing, also where another batch was loaded before."""
     driver = Driver("triton", kv, window=window, heads=2, kv_heads=1)
-    seq, longer = driver.add(268), driver.add(540)
-    driver.run(seq, longer, chunks=(267, 539))
+    seq, longer = driver.add(length), driver.add(540)
+    driver.run(seq, longer, chunks=(length - 1, 539))
     for each in (seq, longer):  # one more token, still to be computed
         each.tokens.append(0)
         each.q, each.k, each.v, each.out = (
@@ -149,10 +179,53 @@ def test_a_decode_is_the_same_in_any_company(kv: str, window: int | None) -> Non
     assert isinstance(backend, TritonBackend)
     plan = backend.decode_plan(5, 40)
     plan.load(step.batch)
-    padded = torch.zeros((5, *q.shape[1:]), device=backend.device)
-    padded[:2] = torch.from_numpy(np.ascontiguousarray(q)).to(backend.device)
-    found = backend.attend_rows(0, padded, plan, **options)
-    np.testing.assert_array_equal(found[:2].cpu().numpy(), together)
+    fused = np.concatenate((q, k, v), axis=1).reshape(2, -1)
+    ones = torch.ones((600, 32), device=backend.device)
+    for batch, rows, wanted in ((step.batch, fused, together), (alone_batch, fused[1:], alone)):
+        plan.load(batch)
+        padded = torch.zeros((5, fused.shape[1]), device=backend.device)
+        padded[: len(rows)] = torch.from_numpy(rows).to(backend.device)
+        before = [host(pool).copy() for pool in (driver.memory.base, driver.memory.recent)]
+        queries = backend.rope_write(0, padded, ones, 0 * ones, plan)  # angles of 0
+        for pool, was in zip((driver.memory.base, driver.memory.recent), before, strict=True):
+            np.testing.assert_array_equal(host(pool), was)
+        found = backend.attend_rows(0, queries, plan, **options)
+        np.testing.assert_array_equal(found[: len(rows)].cpu().numpy(), wanted)
+
+
+@pytest.mark.parametrize("kv", ("int8", "k4v4"))
+def test_contexts_of_more_than_256_pages(kv: str) -> None:
+    """64 splits of more than four pages: the same few pages again and again."""
+    spec, shape = KVSpec.parse(kv), KVShape(num_layers=1, num_kv_heads=1, head_dim=64)
+    memory = make_memory("triton", spec, shape, 8, 8 if spec.recent else 0, 512)
+    rng = np.random.default_rng(0)
+    for pool in (memory.base, memory.recent):
+        vectors = rng.standard_normal((pool.num_pages, 64, 1, 64), np.float32)
+        pages = np.zeros((pool.num_pages, pool.page_bytes), np.uint8)
+        of = spec if pool is memory.base else spec.fine
+        (layer,) = open_pages(of, shape, pages)
+        layer.fill(np.arange(len(pages)), vectors, vectors[::-1].copy())
+        pool.pages[:] = pages if isinstance(pool.pages, np.ndarray) else torch.from_numpy(pages)
+    position = 300 * PAGE_TOKENS + 10
+    table = rng.integers(0, 8, 301)
+    fine = np.array([3] if spec.recent else [], np.int64)
+    seq = BatchSequence(0, position, position + 1, table, fine)
+    none = np.array([], np.int64)
+    batch = Batch(np.array([0]), np.array([position]), (seq,), none)
+    q = rng.standard_normal((1, 2, 64), np.float32)
+    wanted = make_backend("reference", _on_host(memory)).attend(0, q, batch, scale=0.125)
+    found = TritonBackend(memory).attend(0, q, batch, scale=0.125)
+    np.testing.assert_allclose(found, wanted, atol=2e-6)
+
+
+def _on_host(memory: KVMemory) -> KVMemory:
+    """The same, where numpy reads it."""
+    copies = []
+    for pool in (memory.base, memory.recent, memory.scratch):
+        copy = BytePool(pool.num_pages, pool.page_bytes)
+        copy.pages[:] = host(pool)
+        copies.append(copy)
+    return KVMemory(memory.spec, memory.shape, *copies)
 
 
 def _half(x: Array, dtype: torch.dtype) -> Array:
@@ -186,8 +259,18 @@ def _plain_in_16_bits(
     return (out / total).swapaxes(0, 1)
 
 
-@pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
-@pytest.mark.parametrize("kv", ("f16", "int8", "int4", "int8h", "k4v4", "k3v3"))
+@pytest.mark.parametrize(
+    ("kv", "dtype"),
+    (
+        ("bf16", "bfloat16"),
+        ("f16", "float16"),
+        *(
+            (kv, dtype)
+            for kv in ("int8", "int4", "int8h", "k4v4", "k3v3")
+            for dtype in ("float16", "bfloat16")
+        ),
+    ),
+)
 def test_in_16_bits_errors_are_those_of_plain_16_bits(kv: str, dtype: str) -> None:
     """Codes are multiplied as float16, which holds them, whatever the type of queries. Held down:
     offsets that swamp float16 products, and scales that leave its range."""
@@ -227,6 +310,7 @@ def test_old_architectures() -> None:
 
 
 def test_the_stage_has_room_for_long_contexts() -> None:
-    """256 MiB: a shape of Llama-3-8B stages 64k tokens of K and V in float16 at a time."""
-    assert module._STAGE_BYTES // (2 * 8 * 128 * 2) >= 64 * 1024 // 2
-    assert PAGE_TOKENS == 64
+    """In 256 MiB, K and V of Llama-3-8B's shape: 65,536 tokens of 16 bits."""
+    spec, shape = KVSpec.parse("int8"), KVShape(num_layers=1, num_kv_heads=8, head_dim=128)
+    backend = TritonBackend(make_memory("triton", spec, shape, 1, 0, 64))
+    assert backend._room() * PAGE_TOKENS == 65536

@@ -11,8 +11,6 @@ from kvant.kernels.triton.pool import find_device
 
 DEVICE = find_device()
 ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-if DEVICE.type == "cpu":
-    ROUNDING[torch.bfloat16] *= 2  # the interpreter cuts bits off
 DTYPES = tuple(ROUNDING)
 
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from kvant.formats import FORMATS, PAGE_TOKENS, KVShape, KVSpec, hadamard
 from kvant.kernels.backend import Batch, BatchSequence, KVMemory
 from kvant.kernels.reference import ReferenceBackend
-from kvant.kernels.triton.interpreter import mend_interpreter
 from kvant.kernels.triton.layout import Store
 from kvant.kernels.triton.pool import find_device
 from kvant.kernels.triton.rotation import rotate_rows
@@ -34,8 +33,6 @@ PAGES = np.array([2, 0, 3])
 FINE_PAGES = np.array([2, 5, 1])  # page 5 is scratch page 1
 NUM_RECENT = 4
 MISSING = 3  # rows of nobody
-
-mend_interpreter()
 
 
 def _specs() -> list[str]:

@@ -99,17 +99,14 @@ class Case:
     window: int | None = None
     softcap: float | None = None
     sinks: bool = False
+    since: int = 70
+    """The first architecture that has the shared memory for it."""
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """Of queries, keys and values."""
         found: torch.dtype = getattr(torch, self.dtype)
         return found
-
-    @property
-    def in_float32(self) -> bool:
-        """Whether something is multiplied as that."""
-        return self.dtype == "float32" or "f32" in self.kv
 
     @property
     def attention(self) -> dict[str, Any]:
@@ -122,8 +119,8 @@ class Case:
         }
 
 
-# Every format as K or V, every head_dim that models have, every option of attention. The first has
-# every kernel.
+# Every format as K or V, head_dims read by words and by bytes, every option of attention. The first
+# has every kernel.
 CASES = (
     Case("k4v4"),
     Case("bf16", dtype="bfloat16"),
@@ -139,6 +136,11 @@ CASES = (
     Case("k=int5c,v=int2m+r64", head_dim=64),
     Case("k3v3", head_dim=64),
     Case("int8", head_dim=256, heads=2, kv_heads=1),
+    Case("int8", head_dim=256, dtype="float32", since=80),
+    Case("int4h+r64:f32", dtype="bfloat16"),
+    Case("k=int6c,v=int3m+s64r64", head_dim=80),
+    Case("k=int4,v=bf16", head_dim=96),
+    Case("k=int3c,v=fp8+r64", head_dim=32),
 )
 
 
@@ -156,7 +158,7 @@ class Kernel:
     shared: int
     warps: int
     scalar: bool = False
-    """Whether it has products without tensor cores."""
+    """Whether it has no products on tensor cores."""
 
     def problem(self) -> str | None:
         """What limit it exceeds, if one."""
@@ -230,7 +232,7 @@ def compile_cases(arch: int, cases: Sequence[Case], *, quick: bool = False) -> l
     those that a decoder launches for a prompt by itself and a decode of a long context."""
     kernels = []
     with compiling(arch) as found:
-        for case in cases:
+        for case in (each for each in cases if each.since <= arch):
             before = set(found)
             _run(case, arch, quick=quick)
             if case is cases[0]:
@@ -253,7 +255,7 @@ def _kernel(arch: int, case: Case, compiled: Any, log: str) -> Kernel:
         spills=total(r"(\d+) bytes spill stores") + total(r"(\d+) bytes spill loads"),
         shared=metadata.shared,
         warps=metadata.num_warps,
-        scalar=arch < _TENSOR_CORES or case.in_float32,
+        scalar="mma" not in compiled.asm["ptx"],
     )
 
 
@@ -292,7 +294,9 @@ def _run(case: Case, arch: int, *, quick: bool) -> None:
 def _run_ops() -> None:
     """What a decoder launches between its linear layers."""
     from kvant.kernels.triton.fused import add_rms_norm, silu_mul
+    from kvant.kernels.triton.rotation import rotate_rows
 
+    rotate_rows(torch.zeros((2, 128), dtype=torch.float16))
     rows = torch.zeros((2, 4096), dtype=torch.float16)
     add_rms_norm(rows, rows, torch.zeros(4096), 1e-5)
     add_rms_norm(rows, None, torch.zeros(4096), 1e-5)

@@ -18,6 +18,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvant.formats import PAGE_TOKENS
 from kvant.kernels.backend import Batch, KVMemory
 from kvant.kernels.triton.attend import attend_split
 from kvant.kernels.triton.layout import Layer, Part, Store, padded
@@ -28,10 +29,10 @@ from kvant.kernels.triton.rotation import rotate_rows
 from kvant.kernels.triton.stage import stage_pages
 from kvant.kernels.triton.write import fill_pages, rope_and_write, write_rows
 
-__all__ = ["TritonBackend"]
+__all__ = ["STAGE_BYTES", "TritonBackend"]
 
-_STAGE_BYTES = 256 << 20
-"""Most memory for staged keys and values; longer contexts are staged in rounds."""
+STAGE_BYTES = 256 << 20
+"""Most memory for staged keys and values of 16 bits; longer contexts are staged in rounds."""
 
 _TENSOR_CORES = (8, 0)
 """From here on there is bfloat16, and Triton has products on tensor cores. Before, a product is of
@@ -100,7 +101,7 @@ class TritonBackend:
     def write(self, layer: int, k: Any, v: Any, batch: Batch) -> None:
         """Encode new tokens; a group that becomes full is re-encoded from its fine page."""
         plan = self.plan(batch)
-        keys, values = (self._here(x) for x in (k, v))
+        keys, values = (_dense(self._here(x)) for x in (k, v))
         write_rows(
             keys, values, plan.positions, plan.row_pages, *self._targets(), self._num_recent, layer
         )
@@ -196,6 +197,7 @@ class TritonBackend:
         for formats in kinds:
             table = decodes.fine if formats.is_fine else decodes.table
             layer = formats.layer
+            types = self._type(layer.k, out), self._type(layer.v, out)
             grid = (count, self._shape.num_kv_heads, 1 if formats.is_fine else splits)
             attend_split[grid](
                 rotated[layer.k.rotated],
@@ -216,8 +218,8 @@ class TritonBackend:
                 options.window,
                 K=layer.k,
                 V=layer.v,
-                K_TYPE=self._type(layer.k, out),
-                V_TYPE=self._type(layer.v, out),
+                K_TYPE=types[0],
+                V_TYPE=types[1],
                 SHARE=share,
                 M=max(16, 1 << (share - 1).bit_length()),
                 NUM_SINK=int(self._spec.sink),
@@ -226,7 +228,7 @@ class TritonBackend:
                 SOFTCAP=options.softcap > 0,
                 DIRECT=direct,
                 num_warps=4,
-                **self._resources(stages=3),
+                **self._resources(3, scalar=tl.float32 in types),
             )
         if not direct:
             args = self._merge(kinds, out, (acc, ml), decodes.rows, plan, options)
@@ -294,7 +296,8 @@ class TritonBackend:
         direct: bool,
     ) -> None:
         share = out.shape[1] // self._shape.num_kv_heads
-        size = self._tile(share, out)
+        scalar = any(x.dtype == torch.float32 for x in staged)
+        size = self._tile(share, scalar=scalar)
         step = max(1, min(64, size // share))
         grid = len(part.entries), -(-64 // step), self._shape.num_kv_heads
         attend_rows[grid](
@@ -318,7 +321,7 @@ class TritonBackend:
             WINDOW=options.window > 0,
             DIRECT=direct,
             num_warps=8 if size >= 64 else 4,
-            **self._resources(stages=2),
+            **self._resources(2, scalar=scalar),
         )
 
     def _merge(
@@ -367,18 +370,22 @@ class TritonBackend:
             return tl.float32 if self._is_old else tl.bfloat16
         return tl.float16
 
-    def _tile(self, share: int, out: Tensor) -> int:
+    def _tile(self, share: int, *, scalar: bool) -> int:
         """Rows of a tile, positions times query heads of a KV head: as many as registers hold."""
         needed = max(16, 1 << (share - 1).bit_length())
-        if self._is_old:
+        if self._is_old or scalar:
             return needed
-        if out.dtype == torch.float32 or out.shape[-1] > 128:
+        if self._shape.head_dim > 128:
             return max(needed, 32)
         return max(needed, 64 if share == 1 else 128)
 
-    def _resources(self, stages: int) -> dict[str, int]:
-        """How far ahead a loop loads; old GPUs have no copies that run beside it."""
-        return {"num_stages": 1, "maxnreg": 255} if self._is_old else {"num_stages": stages}
+    def _resources(self, stages: int, *, scalar: bool) -> dict[str, int]:
+        """How far ahead a loop loads, and registers. Old GPUs have no copies that run beside it,
+        and products that are ``scalar``, of float32, leave no room for them; both need registers
+        that the assembler would keep for more blocks."""
+        if self._is_old or scalar:
+            return {"num_stages": 1, "maxnreg": 255}
+        return {"num_stages": stages}
 
     def _targets(self) -> tuple[Store, Store | None]:
         """Where new tokens go."""
@@ -390,9 +397,9 @@ class TritonBackend:
             fill_pages(*args)
 
     def _room(self) -> int:
-        """Pages that may be staged at a time."""
-        page = 2 * self._shape.num_kv_heads * 64 * padded(self._shape.head_dim) * 4
-        return max(1, _STAGE_BYTES // page)
+        """Pages that may be staged at a time, as 16-bit numbers; twice the memory as float32."""
+        page = 2 * self._shape.num_kv_heads * PAGE_TOKENS * padded(self._shape.head_dim) * 2
+        return max(1, STAGE_BYTES // page)
 
     def _here(self, x: Any) -> Tensor:
         return (torch.from_numpy(x) if isinstance(x, np.ndarray) else x).to(self.device)
@@ -403,6 +410,11 @@ _TORCH = {tl.float32: torch.float32, tl.float16: torch.float16, tl.bfloat16: tor
 
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else _TENSOR_CORES
+
+
+def _dense(x: Tensor) -> Tensor:
+    """``x [T, H, D]``, or a copy whose rows are dense."""
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
 
 
 def _tensor(pages: Any) -> Tensor:

@@ -17,6 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvant.kernels.triton.decode import codes_at, values_at
+
 __all__ = ["bias", "channel_scales", "key_tile", "token_scales", "value_tile"]
 
 
@@ -64,18 +66,22 @@ def channel_scales(part, PART: tl.constexpr):
 def key_tile(part, PART: tl.constexpr, TYPE: tl.constexpr):
     """Centred codes plus the bias, or values of a format without codes: ``[P, 64]``, ``TYPE``."""
     FAST: tl.constexpr = PART.head_dim == PART.padded_dim and PART.head_dim >= 64
+    t, d = tl.arange(0, 64), tl.arange(0, PART.padded_dim)
     if PART.family == "plain":
         if FAST:
             tile = _plain_keys(part, PART).to(TYPE)
         else:
-            tile = _plain_one_by_one(part, PART, True).to(TYPE)
+            tile = values_at(part, t[None, :], d[:, None], d[:, None] < PART.head_dim, PART).to(
+                TYPE
+            )
     else:
         if FAST:
             codes = _key_fields(part, PART, 0, _raised(PART, TYPE))
             if len(PART.widths) == 2:
                 codes = codes | (_key_fields(part, PART, 1, 0) << PART.widths[0])
         else:
-            codes = _one_by_one(part, PART, True).to(tl.int16) | _raised(PART, TYPE)
+            codes = codes_at(part, t[None, :], d[:, None], d[:, None] < PART.head_dim, PART)
+            codes = codes.to(tl.int16) | _raised(PART, TYPE)
         tile = _floats(codes, PART, TYPE)
     return tile
 
@@ -84,18 +90,22 @@ def key_tile(part, PART: tl.constexpr, TYPE: tl.constexpr):
 def value_tile(part, PART: tl.constexpr, TYPE: tl.constexpr):
     """The same, ``[64, P]``."""
     FAST: tl.constexpr = PART.head_dim == PART.padded_dim and PART.head_dim >= 64
+    t, d = tl.arange(0, 64), tl.arange(0, PART.padded_dim)
     if PART.family == "plain":
         if FAST:
             tile = _plain_values(part, PART).to(TYPE)
         else:
-            tile = _plain_one_by_one(part, PART, False).to(TYPE)
+            tile = values_at(part, t[:, None], d[None, :], d[None, :] < PART.head_dim, PART).to(
+                TYPE
+            )
     else:
         if FAST:
             codes = _value_fields(part, PART, 0, _raised(PART, TYPE))
             if len(PART.widths) == 2:
                 codes = codes | (_value_fields(part, PART, 1, 0) << PART.widths[0])
         else:
-            codes = _one_by_one(part, PART, False).to(tl.int16) | _raised(PART, TYPE)
+            codes = codes_at(part, t[:, None], d[None, :], d[None, :] < PART.head_dim, PART)
+            codes = codes.to(tl.int16) | _raised(PART, TYPE)
         tile = _floats(codes, PART, TYPE)
     return tile
 
@@ -216,56 +226,3 @@ def _plain_values(part, PART: tl.constexpr):
         words = tl.load((part + PART.codes[0]).to(tl.pointer_type(tl.int32)) + at)
         values = tl.reshape(tl.permute(_halves(words, PART), (0, 2, 1)), (64, PART.head_dim))
     return values
-
-
-@triton.jit
-def _token_and_dim(PART: tl.constexpr, KEYS: tl.constexpr):
-    t, d = tl.arange(0, 64), tl.arange(0, PART.padded_dim)
-    if KEYS:
-        both = t[None, :], d[:, None]
-    else:
-        both = t[:, None], d[None, :]
-    return both
-
-
-@triton.jit
-def _one_by_one(part, PART: tl.constexpr, KEYS: tl.constexpr):
-    """All planes of codes, byte by byte."""
-    t, d = _token_and_dim(PART, KEYS)
-    codes = (t + d) * 0
-    shift = 0
-    for plane in tl.static_range(len(PART.widths)):
-        WIDTH: tl.constexpr = PART.widths[plane]
-        COLUMNS: tl.constexpr = PART.columns[plane]
-        BLOCK: tl.constexpr = PART.block[plane]
-        c = d % COLUMNS
-        if KEYS:
-            at = ((t // 16) * (COLUMNS // 4) + c // 4) * 64 + (t % 16) * 4 + c % 4
-        else:
-            word = (c // BLOCK) * 16 + (t // 16) * 4 + (t % 8) // 2
-            at = (word * BLOCK + c % BLOCK) * 4 + ((t % 16) // 8) * 2 + t % 2
-        found = tl.load(part + PART.codes[plane] + at, d < PART.head_dim, 0).to(tl.int32)
-        field = (found >> ((d // COLUMNS) * WIDTH)) & ((1 << WIDTH) - 1)
-        codes = codes | (field << shift)
-        shift += WIDTH
-    return codes
-
-
-@triton.jit
-def _plain_one_by_one(part, PART: tl.constexpr, KEYS: tl.constexpr):
-    t, d = _token_and_dim(PART, KEYS)
-    WORD: tl.constexpr = 32 // PART.bits  # elements of a word
-    BLOCK: tl.constexpr = PART.block[0]
-    if KEYS:
-        at = ((t // 16) * (PART.head_dim // WORD) + d // WORD) * (16 * WORD)
-        at += (t % 16) * WORD + d % WORD
-    else:
-        at = (((d // BLOCK) * (64 // WORD) + t // WORD) * BLOCK + d % BLOCK) * WORD + t % WORD
-    if PART.dtype == "f32":
-        TYPE: tl.constexpr = tl.float32
-    elif PART.dtype == "f16":
-        TYPE: tl.constexpr = tl.float16
-    else:
-        TYPE: tl.constexpr = tl.bfloat16
-    values = (part + PART.codes[0]).to(tl.pointer_type(TYPE))
-    return tl.load(values + at, d < PART.head_dim, 0.0)

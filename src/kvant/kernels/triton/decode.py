@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["decode_tokens", "element"]
+__all__ = ["codes_at", "decode_tokens", "element", "values_at"]
 
 
 @triton.jit
@@ -16,7 +16,7 @@ def decode_tokens(part, tokens, PART: tl.constexpr):
     t, d = tokens[:, None], tl.arange(0, PART.padded_dim)[None, :]
     there = (t >= 0) & (d < PART.head_dim)
     if PART.family == "plain":
-        x = _plain(part + PART.codes[0], t, d, there, PART)
+        x = values_at(part, t, d, there, PART)
     else:
         x = tl.where(there, _coded(part, t, d, there, PART), 0.0)
     return x
@@ -24,9 +24,7 @@ def decode_tokens(part, tokens, PART: tl.constexpr):
 
 @triton.jit
 def _coded(part, t, d, there, PART: tl.constexpr):
-    codes = _plane(part, t, d, there, PART, 0)
-    if len(PART.widths) == 2:
-        codes |= _plane(part, t, d, there, PART, 1) << PART.widths[0]
+    codes = codes_at(part, t, d, there, PART)
     scale = _scalar(part + PART.scale, t)
     if PART.family == "midpoint":
         x = scale * (codes.to(tl.float32) - (2 ** (PART.bits - 1) - 0.5))
@@ -36,6 +34,15 @@ def _coded(part, t, d, there, PART: tl.constexpr):
     else:
         x = scale * codes.to(tl.float32) + _scalar(part + PART.zero, t)
     return x
+
+
+@triton.jit
+def codes_at(part, t, d, there, PART: tl.constexpr):
+    """Codes of dimensions ``d`` of tokens ``t``, int32, byte by byte; 0 where none is ``there``."""
+    codes = _plane(part, t, d, there, PART, 0)
+    if len(PART.widths) == 2:
+        codes |= _plane(part, t, d, there, PART, 1) << PART.widths[0]
+    return codes
 
 
 @triton.jit
@@ -54,7 +61,9 @@ def _plane(part, t, d, there, PART: tl.constexpr, PLANE: tl.constexpr):
 
 
 @triton.jit
-def _plain(values, t, d, there, PART: tl.constexpr):
+def values_at(part, t, d, there, PART: tl.constexpr):
+    """The same of a format without codes, float32."""
+    values = part + PART.codes[0]
     at = element(t, d, 32 // PART.bits, PART, 0)
     if PART.dtype == "f32":
         x = tl.load(values.to(tl.pointer_type(tl.float32)) + at, there, 0.0)

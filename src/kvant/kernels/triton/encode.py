@@ -40,10 +40,10 @@ def store_tokens(part, slots, x, here, PART: tl.constexpr):
 
 
 @triton.jit
-def store_channels(part, slots, x, extent, is_first, PART: tl.constexpr):
+def store_channels(part, slots, x, found, is_first, PART: tl.constexpr):
     """Encode tokens ``x [R, P]`` of a page into the part at ``part``, of a format by page. The page
-    has one ``extent``; scales and zeros are stored if ``is_first``."""
-    low, high, largest = extent
+    has one extent, ``found``; scales and zeros are stored if ``is_first``."""
+    low, high, largest = found
     scale, zero, finite = _grid(low, high, largest, PART.bits)
     d = tl.arange(0, PART.padded_dim)[None, :]
     there = is_first & (d < PART.head_dim)

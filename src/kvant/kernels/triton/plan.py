@@ -124,7 +124,8 @@ class DecodePlan(Plan):
         return cls(**_named(sent), rounds=(), spec=spec)
 
     def load(self, batch: Batch) -> None:
-        """Take a batch."""
+        """Take a batch, of one row for each sequence."""
+        assert all(seq.row == row for row, seq in enumerate(batch.sequences)), "rows out of order"
         size, width = self.decodes.table.shape
         arrays = _static_arrays(batch.sequences, size, width, self.spec)
         arrays[0][: len(batch.tokens)] = batch.tokens

@@ -13,24 +13,40 @@ from numpy.typing import NDArray
 from kvant.cache.pool import BytePool, Pool
 from kvant.errors import ConfigError
 
-__all__ = ["DevicePool", "allocate_pool", "find_device", "free_memory"]
+__all__ = ["DevicePool", "allocate_pool", "check_capability", "find_device", "free_memory"]
+
+_LEAST_CAPABILITY = (7, 0)
+"""Of the GPUs that Triton knows."""
 
 
 def find_device() -> torch.device:
-    """Where kernels run: the first GPU that CUDA_VISIBLE_DEVICES leaves; without one the CPU, by
-    Triton's interpreter, if TRITON_INTERPRET=1 says so.
+    """Where kernels run: the first GPU that CUDA_VISIBLE_DEVICES leaves; the CPU, by Triton's
+    interpreter, if TRITON_INTERPRET=1 says so.
 
     Raises:
         ConfigError: there is no GPU, and kernels are not to be interpreted.
     """
+    if os.environ.get("TRITON_INTERPRET") == "1":  # what is interpreted takes no CUDA tensors
+        return torch.device("cpu")
     if torch.cuda.is_available():
         return torch.device("cuda", 0)
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return torch.device("cpu")
     raise ConfigError(
         'backend="triton" needs an NVIDIA GPU that torch can use, and there is none; take '
         'backend="cpu", or install a CUDA build of torch and its driver'
     )
+
+
+def check_capability(device: torch.device) -> None:
+    """Raise ConfigError if Triton has no code for a GPU."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) < _LEAST_CAPABILITY:
+            least = ".".join(map(str, _LEAST_CAPABILITY))
+            raise ConfigError(
+                f'backend="triton" needs a GPU of compute capability {least} or more, and '
+                f"{torch.cuda.get_device_name(device)} has {major}.{minor}; take "
+                'backend="cpu", or another GPU with CUDA_VISIBLE_DEVICES'
+            )
 
 
 def free_memory(device: torch.device) -> int:

@@ -70,9 +70,10 @@ def stage_pages(
     values = _values(value_tile(v_part, V, V_READ), v_part, V, False, V_TYPE)
     broken = tl.where(tl.abs(values.to(tl.float32)) < float("inf"), 0, 1)
     broken = tl.max(broken, axis=1) > 0
-    values = tl.where(broken[:, None], 0.0, values).to(V_TYPE)
+    values = tl.where(broken[:, None], tl.zeros((1, 1), V_TYPE), values)
     tl.store(v_ptr + place + t[:, None] * K.padded_dim + d[None, :], values)
     K_READ: tl.constexpr = K_TYPE if K.family == "plain" else tl.float32
     keys = _values(key_tile(part, K, K_READ), part, K, True, K_TYPE)
-    keys = tl.where(broken[None, :], float("nan"), keys).to(K_TYPE)
+    nothing = tl.full((1, 1), float("nan"), tl.float32).to(K_TYPE)
+    keys = tl.where(broken[None, :], nothing, keys)
     tl.store(k_ptr + place + t[None, :] * K.padded_dim + d[:, None], keys)
