@@ -6,11 +6,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from kvant.kernels.triton import pool
+from kvant.kernels.triton.pool import find_device
 
 Call = Callable[[], Any]
 
@@ -18,14 +20,14 @@ FLUSH_BYTES = 2**28
 """More than the L2 cache of any GPU (H200: 60 MB, B200: 126 MB)."""
 
 
-def find_device() -> torch.device:
-    """The GPU, or the CPU if there is none."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def on_gpu() -> bool:
+    """Whether kernels run on a GPU, not in the interpreter."""
+    return find_device().type == "cuda"
 
 
 def synchronize() -> None:
     """Wait for all work."""
-    if torch.cuda.is_available():
+    if on_gpu():
         torch.cuda.synchronize()
 
 
@@ -54,7 +56,7 @@ class Deadline:
 def captured(work: Call) -> Call:
     """``work`` as a CUDA graph, so that its time is that of its kernels and not of launching them;
     as it is without a GPU."""
-    if not torch.cuda.is_available():
+    if not on_gpu():
         work()
         return work
     side = torch.cuda.Stream()
@@ -74,7 +76,7 @@ class Stopwatch:
 
     def __init__(self, *, flush: bool = True) -> None:
         self._flush = None
-        if flush and torch.cuda.is_available():
+        if flush and on_gpu():
             self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
 
     def interleaved(self, calls: Mapping[str, Call], repeats: int) -> dict[str, list[float]]:
@@ -89,7 +91,7 @@ class Stopwatch:
         return samples
 
     def _seconds(self, call: Call) -> float:
-        if not torch.cuda.is_available():
+        if not on_gpu():
             start = time.perf_counter()
             call()
             return time.perf_counter() - start
@@ -110,8 +112,4 @@ def median_ratio(over: list[float], under: list[float]) -> float:
 
 def free_memory() -> int:
     """Bytes that the device has to give; 64 MiB in a smoke run."""
-    if not torch.cuda.is_available():
-        return 2**26
-    with suppress(RuntimeError):
-        torch.cuda.empty_cache()
-    return int(torch.cuda.mem_get_info()[0])
+    return pool.free_memory(find_device()) if on_gpu() else 2**26

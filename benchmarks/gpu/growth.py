@@ -3,11 +3,13 @@ are filled without a prefill.
 
     python benchmarks/gpu/growth.py [--budget SECONDS] [--output ROWS.json]
 
-step        Milliseconds of a step of the decoder, from its batch to the token ids on the host, for
-            a token of each of some sequences; the median of several.
-slope       Least squares of these over the context; ``times_16bit``: against the first format.
 break even  Tokens per second with as many sequences of a context (at most 256) as 0.8 of the free
             memory holds: where a format's capacity and speed begin to pay.
+step        Milliseconds of a step of the decoder, from its batch to the token ids on the host, for
+            a token of each of some sequences; the median of several.
+slope       Least squares of these over the contexts that the first format has, too;
+            ``times_16bit``: against its slope over the same ones.
+weights     The same steps with weights of 16 and of 4 bits, over a 16-bit cache.
 """
 
 from __future__ import annotations
@@ -17,19 +19,20 @@ import gc
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from attention import dtype_of, specs
+from attention import dtype_name, specs
 from clock import Deadline
+from models import start
 from pages import Tables, fill
 from report import Row, Rows, options, run
 from shapes import open_random
 
 from kvant.bench.metrics import significant
 from kvant.config import EngineConfig
-from kvant.engine.load import OpenModel, start_model
+from kvant.engine.load import OpenModel
 from kvant.formats import PAGE_TOKENS, KVSpec
 from kvant.models.decoder import DecoderWeights
 
@@ -37,6 +40,11 @@ SLOPES = {"int8": 0.54, "int4": 0.33, "int4h": 0.33, "k4v4": 0.33}
 """By format: the most that its slope may be of the 16-bit one."""
 MOST = 256
 """Sequences of a step."""
+EVEN_SHARE, SLOPE_SHARE = 0.45, 0.8
+"""Of the time that is left, that of break-even and that of slopes."""
+
+Line = dict[int, float]
+"""Seconds of a step by context."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +61,7 @@ class Sizes:
 
 
 SMOKE = Sizes(
-    model="smoke", models=("smoke",), batches=(2,), contexts=(128, 192, 256), even=(128,), steps=1,
+    model="smoke", models=("smoke",), batches=(1,), contexts=(64, 128, 192), even=(256,), steps=1,
     kv_tokens=512,
 )  # fmt: skip
 
@@ -76,15 +84,19 @@ class Steps:
         sequences: int,
         kv_tokens: int | None,
     ) -> None:
+        gc.collect()  # a cache that is gone keeps no pages
         spec = KVSpec.parse(kv)
         config = EngineConfig(
-            backend="triton", kv=spec, kv_tokens=kv_tokens, max_batch_size=sequences
+            backend="triton",
+            dtype=dtype_name(),
+            kv=spec,
+            kv_tokens=kv_tokens,
+            max_batch_size=sequences,
         )
-        engine = start_model(opened, weights, config).engine
-        self._memory, self._backend = engine.memory, engine.backend
-        self._model: Any = engine._model  # the loop around it is the scheduler's
-        fill(self._backend, self._memory, dtype_of(specs()[0]))
-        base, recent = self._memory.base.num_pages, self._memory.recent.num_pages
+        self._model = start(opened, weights, config)
+        memory = self._model.memory
+        fill(self._model.backend, memory, weights.embedding.dtype)
+        base, recent = memory.base.num_pages, memory.recent.num_pages
         self.tokens = base * PAGE_TOKENS
         self._tables = Tables(spec, base, recent)
 
@@ -93,115 +105,128 @@ class Steps:
         step = self._tables.decodes(batch, context)
         times = []
         for index in range(count + 1):
-            start = time.perf_counter()
-            logits = self._model.forward(step, self._backend)
+            begin = time.perf_counter()
+            logits = self._model.decoder.forward(step, self._model.backend)
             logits.choose(list(range(batch)), [None] * batch)
             if index:  # the first one compiles and captures
-                times.append(time.perf_counter() - start)
+                times.append(time.perf_counter() - begin)
         return statistics.median(times)
 
 
 def growth(sizes: Sizes, rows: Rows, deadline: Deadline) -> None:
     """Steps and slopes of all formats."""
     opened = open_random(sizes.model)
-    weights = opened.weights(EngineConfig(backend="triton"))
-    first: dict[int, float] = {}
-    for kv in specs():
-        case: Row = {"model": sizes.model, "kv": kv}
+    weights = opened.weights(EngineConfig(backend="triton", dtype=dtype_name()))
+    first: dict[int, Line] = {}
+    kvs = specs()
+    for index, kv in enumerate(kvs):
         if deadline.passed(10):
-            rows.add({"what": "deadline", "note": f"growth ends before {kv}"})
+            rows.add({"what": "deadline", "note": f"slopes end before {kv}"})
             break
+        own = Deadline(deadline.left / (len(kvs) - index))
 
-        def one(kv: str = kv) -> list[Row]:
-            points: dict[int, list[tuple[int, float]]] = {batch: [] for batch in sizes.batches}
+        def one(kv: str = kv, own: Deadline = own) -> Iterator[Row]:
             steps = Steps(opened, weights, kv, max(sizes.batches), sizes.kv_tokens)
             for batch in sizes.batches:
+                line: Line = {}
                 for context in sizes.contexts:
-                    if batch * context > steps.tokens or deadline.passed():
+                    if batch * context > steps.tokens or own.passed():
                         break
-                    points[batch].append((context, steps.seconds(batch, context, sizes.steps)))
-            return step_rows(points) + slope_rows(kv, points, first)
+                    line[context] = took = steps.seconds(batch, context, sizes.steps)
+                    ms = significant(1e3 * took)
+                    yield {"what": "step", "batch": batch, "context": context, "ms": ms}
+                yield from slope_rows(kv, batch, line, first.setdefault(batch, line))
 
-        rows.attempt(case, one)
-        gc.collect()
-
-
-def step_rows(points: dict[int, list[tuple[int, float]]]) -> list[Row]:
-    return [
-        {"what": "step", "batch": batch, "context": context, "ms": significant(1e3 * took)}
-        for batch, line in points.items()
-        for context, took in line
-    ]
+        rows.attempt({"model": sizes.model, "kv": kv}, one)
 
 
-def slope_rows(
-    kv: str, points: dict[int, list[tuple[int, float]]], first: dict[int, float]
-) -> list[Row]:
-    """Slopes over contexts, against those of the first format, which ``first`` keeps."""
-    found: list[Row] = []
-    for batch, line in points.items():
-        if len(line) < 3:
-            continue
-        slope, offset = np.polyfit(*np.array(line).T, 1)
-        against = float(slope / first.setdefault(batch, slope))
-        row: Row = {
-            "what": "slope",
-            "batch": batch,
-            "points": len(line),
-            "longest": line[-1][0],
-            "ms_per_1k_tokens": significant(1e3 * 1024 * float(slope)),
-            "ms_at_0": significant(1e3 * float(offset)),
-            "times_16bit": significant(against),
-        }
-        if kv in SLOPES:
-            row["meets_target"] = against <= SLOPES[kv]
-        found.append(row)
-    return found
+def slope_rows(kv: str, batch: int, line: Line, first: Line) -> list[Row]:
+    """The slope over the contexts that ``first``, the line of the first format, has, too."""
+    contexts = [context for context in line if context in first]
+    if len(contexts) < 3:
+        return []
+    (slope, offset), (beside, _) = (
+        np.polyfit(contexts, [each[context] for context in contexts], 1) for each in (line, first)
+    )
+    against = float(slope / beside)
+    row: Row = {
+        "what": "slope",
+        "batch": batch,
+        "contexts": contexts,
+        "ms_per_1k_tokens": significant(1e3 * 1024 * float(slope)),
+        "ms_at_0": significant(1e3 * float(offset)),
+        "times_16bit": significant(against),
+    }
+    return [row | ({"meets_target": against <= SLOPES[kv]} if kv in SLOPES else {})]
 
 
 def break_even(sizes: Sizes, rows: Rows, deadline: Deadline) -> None:
     """Tokens per second of all formats at each context, as many sequences as fit."""
-    for model in sizes.models:
+    for index, model in enumerate(sizes.models):
+        own = Deadline(deadline.left / (len(sizes.models) - index))
         opened = open_random(model)
-        if deadline.passed(15):
-            rows.add({"what": "deadline", "note": f"break even ends before {model}"})
-            break
-        weights = opened.weights(EngineConfig(backend="triton"))
+        weights = opened.weights(EngineConfig(backend="triton", dtype=dtype_name()))
         first: dict[int, float] = {}
         for kv in specs():
-            if deadline.passed(5):
+            if own.passed(5):
+                rows.add({"what": "deadline", "note": f"break even of {model} ends before {kv}"})
                 break
 
             def one(kv: str = kv, opened: OpenModel = opened, w: DecoderWeights = weights,
-                    first: dict[int, float] = first) -> list[Row]:  # fmt: skip
+                    first: dict[int, float] = first) -> Iterator[Row]:  # fmt: skip
                 steps = Steps(opened, w, kv, MOST, sizes.kv_tokens)
-                found = []
                 for context in sizes.even:
                     batch = min(MOST, steps.tokens // context)
                     if not batch:
                         continue
                     rate = batch / steps.seconds(batch, context, sizes.steps)
                     against = rate / first.setdefault(context, rate)
-                    found.append(
-                        {
-                            "context": context,
-                            "batch": batch,
-                            "output_throughput": significant(rate),
-                            "times_16bit": significant(against),
-                        }
-                    )
-                return found
+                    yield {
+                        "context": context,
+                        "batch": batch,
+                        "output_throughput": significant(rate),
+                        "times_16bit": significant(against),
+                    }
 
             rows.attempt({"what": "break even", "model": model, "kv": kv}, one)
-            gc.collect()
         del weights
+        gc.collect()
+
+
+def weights_of_4_bits(sizes: Sizes, rows: Rows, deadline: Deadline) -> None:
+    """Steps with each type of weights."""
+    context, first = sizes.contexts[0], dict[int, float]()
+    for weight_dtype in ("auto", "int4"):
+        if deadline.passed(5):
+            rows.add({"what": "deadline", "note": f"ends before {weight_dtype} weights"})
+            break
+
+        def one(weight_dtype: str = weight_dtype) -> Iterator[Row]:
+            opened = open_random(sizes.model)
+            weights = opened.weights(
+                EngineConfig(backend="triton", dtype=dtype_name(), weight_dtype=weight_dtype)
+            )
+            tokens = max(sizes.batches) * (context + PAGE_TOKENS)
+            steps = Steps(opened, weights, specs()[0], max(sizes.batches), tokens)
+            for batch in sizes.batches:
+                took = steps.seconds(batch, context, sizes.steps)
+                against = took / first.setdefault(batch, took)
+                yield {
+                    "batch": batch,
+                    "context": context,
+                    "ms": significant(1e3 * took),
+                    "times_16bit": significant(against),
+                }
+
+        rows.attempt({"what": "weights", "model": sizes.model, "weight_dtype": weight_dtype}, one)
         gc.collect()
 
 
 def program(args: argparse.Namespace, rows: Rows, deadline: Deadline) -> None:
     sizes = SMOKE if args.smoke else Sizes()
-    growth(sizes, rows, deadline)
-    break_even(sizes, rows, deadline)
+    break_even(sizes, rows, Deadline(EVEN_SHARE * deadline.left))
+    growth(sizes, rows, Deadline(SLOPE_SHARE * deadline.left))
+    weights_of_4_bits(sizes, rows, deadline)
 
 
 if __name__ == "__main__":

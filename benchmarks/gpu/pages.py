@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from clock import find_device
 
 from kvant.bench.attention import Heads
 from kvant.cache.sizing import recent_per_sequence
 from kvant.formats import PAGE_TOKENS, KVSpec
 from kvant.kernels import Batch, BatchSequence, KVMemory, make_backend, make_memory
+from kvant.kernels.triton.pool import find_device
 
 _WRITTEN = 32
 """Base pages that the backend writes."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,9 @@ class Rows(list[Row]):
         if self._output:
             self._output.write_text(json.dumps(list(self), indent=2) + "\n")
 
-    def attempt(self, case: Row, work: Callable[[], Sequence[Row]]) -> None:
-        """Add the rows of a case; if it fails, one that says how. No room on the device is no
-        failure."""
+    def attempt(self, case: Row, work: Callable[[], Iterable[Row]]) -> None:
+        """Add the rows of a case, each once it is made; if it fails, one that says how. No room on
+        the device is no failure."""
         try:
             for row in work():
                 self.add(case | row)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from clock import find_device
 from torch import Tensor
 
 from kvant.engine.load import OpenModel
+from kvant.kernels.triton.pool import find_device
 from kvant.loading.packed import Packing
 from kvant.models.codes import Codes
 from kvant.models.config import DecoderConfig, RopeConfig
