@@ -505,7 +505,9 @@ def packaged_model() -> Path:
 
 
 def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="gpu-gate", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="gpu-gate", description=" ".join((__doc__ or "").split("\n\n")[0].split())
+    )
     steps = tuple(WEIGHTS)
     parser.add_argument(
         "--pack", type=Path, metavar="FOLDER", help="download what travels, and end"

@@ -76,7 +76,7 @@ ARCHITECTURES = {
     120: Architecture(101376, 188),  # RTX 50, RTX PRO 6000
 }
 
-SPILL_LIMIT = 256
+SPILL_LIMIT = 512
 """Bytes of spill stores and loads in a thread's code that a kernel may have. Some words that
 outlive a loop (pointers, masks, sums) cost little; a tile that does not fit shows as kilobytes."""
 SCALAR_SPILL_LIMIT = 16384
