@@ -13,6 +13,7 @@ import torch
 
 from kvant.kernels.triton import pool
 from kvant.kernels.triton.pool import find_device
+from kvant.models.graphs import CudaCapture
 
 Call = Callable[[], Any]
 
@@ -56,19 +57,10 @@ class Deadline:
 def captured(work: Call) -> Call:
     """``work`` as a CUDA graph, so that its time is that of its kernels and not of launching them;
     as it is without a GPU."""
-    if not on_gpu():
-        work()
-        return work
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            work()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
+    if on_gpu():
+        return CudaCapture()(work)
+    work()
+    return work
 
 
 class Stopwatch:

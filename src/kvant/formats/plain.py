@@ -18,16 +18,18 @@ import numpy as np
 
 from kvant.formats.base import Array, KVFormat, Plane
 
-__all__ = ["Plain"]
+__all__ = ["Plain", "from_bf16", "to_bf16"]
 
 
-def _to_bf16(x: Array) -> Array:
+def to_bf16(x: Array) -> Array:
+    """The bits of float32 numbers rounded to bfloat16, uint16; a NaN is 0x7FC0."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return np.where(np.isnan(x), np.uint32(0x7FC0), rounded).astype(np.uint16)
 
 
-def _from_bf16(x: Array) -> Array:
+def from_bf16(x: Array) -> Array:
+    """The numbers of such bits, float32."""
     return (x.astype(np.uint32) << 16).view(np.float32)
 
 
@@ -53,8 +55,8 @@ class Plain(KVFormat):
     def quantize(self, x: Array) -> tuple[Array, ...]:
         if self.name == "f32":
             return (x,)
-        return (_to_bf16(x) if self.name == "bf16" else _to_f16(x),)
+        return (to_bf16(x) if self.name == "bf16" else _to_f16(x),)
 
     def dequantize(self, planes: Sequence[Array], head_dim: int) -> Array:  # noqa: ARG002
         (values,) = planes
-        return _from_bf16(values) if self.name == "bf16" else values.astype(np.float32)
+        return from_bf16(values) if self.name == "bf16" else values.astype(np.float32)

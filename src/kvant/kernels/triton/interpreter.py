@@ -13,20 +13,15 @@ import triton.language as tl
 from triton import knobs
 from triton.runtime import interpreter
 
+from kvant.formats.plain import from_bf16, to_bf16
+
 __all__ = ["mend_interpreter"]
-
-
-def _rounded_to_bf16(x):
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16)
 
 
 def _widened(handle):
     if handle.dtype.scalar != tl.bfloat16:
         return handle
-    floats = (handle.data.astype(np.uint32) << 16).view(np.float32)
-    return interpreter.TensorHandle(floats, tl.float32)
+    return interpreter.TensorHandle(from_bf16(handle.data), tl.float32)
 
 
 def mend_interpreter() -> None:
@@ -43,7 +38,7 @@ def mend_interpreter() -> None:
 
     def convert_or_round(x, source, target, rounding):
         if (source, target) == (tl.float32, tl.bfloat16):
-            return _rounded_to_bf16(x)
+            return to_bf16(x)
         return convert(x, source, target, rounding)
 
     def launch_quietly(self, *args, **options):

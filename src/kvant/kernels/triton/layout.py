@@ -6,6 +6,7 @@ compiled, so each pair of formats has its own machine code.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,12 +82,8 @@ class Part:
             widths=packing.WIDTHS[fmt.bits] if coded else (),
             codes=tuple(offsets[plane.name] for plane in rows),
             columns=tuple(plane.columns for plane in rows),
-            block=tuple(_gcd16(plane.columns) for plane in rows),
+            block=tuple(math.gcd(16, plane.columns) for plane in rows),
         )
-
-
-def _gcd16(columns: int) -> int:
-    return min(columns & -columns, 16)
 
 
 @dataclass(frozen=True, slots=True)

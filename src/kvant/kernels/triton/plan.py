@@ -96,7 +96,7 @@ class Plan:
         arrays = [
             batch.tokens,
             batch.positions,
-            _row_pages(batch, recent=recent),
+            _row_pages(batch.sequences, recent=recent),
             _fills(batch.sequences, sink=sink) if recent else np.empty((0, 2)),
             batch.logit_rows,
             _concat([np.arange(s.row, s.row + s.end - s.start) for s in prompts]),
@@ -157,9 +157,7 @@ def _static_arrays(
     count = len(sequences)
     rows, table, fine = _decode_arrays(sequences, width, sink=sink)
     pages = np.full(size, -1, np.int32)
-    pages[:count] = [
-        (seq.fine_pages[0] if recent else seq.pages[seq.start // PAGE_TOKENS]) for seq in sequences
-    ]
+    pages[:count] = _row_pages(sequences, recent=recent)
     fills = np.full((size if recent else 0, 2), -1, np.int32)
     if recent and len(found := _fills(sequences, sink=sink)):
         fills[: len(found)] = found
@@ -181,14 +179,16 @@ def _concat(parts: list[NDArray[Any]]) -> NDArray[Any]:
     return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 
-def _row_pages(batch: Batch, *, recent: bool) -> NDArray[Any]:
+def _row_pages(sequences: Sequence[BatchSequence], *, recent: bool) -> NDArray[Any]:
+    """Where each row's token is written."""
+
     def of(seq: BatchSequence) -> NDArray[np.int64]:
         groups = np.arange(seq.start, seq.end) // PAGE_TOKENS
         if recent:
             return seq.fine_pages[groups - seq.start // PAGE_TOKENS]
         return seq.pages[groups]
 
-    return _concat([of(seq) for seq in batch.sequences])
+    return _concat([of(seq) for seq in sequences])
 
 
 def _fills(sequences: Sequence[BatchSequence], *, sink: int) -> NDArray[Any]:
